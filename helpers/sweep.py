@@ -201,7 +201,8 @@ class Sweep:
         past = 4 * self.first * (self._qkv() - cfg.d_head * cfg.n_heads)
         frozen = 2 * cfg.n_heads * self.length * length if self.patterns else 0
         row = length * block + past + frozen + 2 * len(self.read_at) * cfg.d_vocab
-        held = 5 * self.tokens.numel() * cfg.d_model
+        # The embeddings, and of the layer at hand what enters and leaves it, z and attention's output.
+        held = len(self.tokens) * (self.length + 4 * length) * cfg.d_model
         held += sum(x.numel() for x in self.patterns) + sum(x.numel() for pair in self.past for x in pair)
         return max(1, int((self.budget / 4 - held) / row))
 
