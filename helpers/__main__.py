@@ -1,4 +1,4 @@
-"""Command line: python -m helpers run | models | train."""
+"""Command line: python -m helpers run | models | train | workshop."""
 
 import argparse
 import sys
@@ -22,6 +22,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     commands.add_parser("models", help="list the models and whether each is ready on this machine")
+
+    workshop = commands.add_parser("workshop", help="write student and solution editions of the notebooks")
+    workshop.add_argument("--out", type=Path, default=Path("workshop"), metavar="DIR", help="default: workshop")
 
     train = commands.add_parser("train", help="train an embedded model from its recipe")
     train.add_argument("name")
@@ -51,6 +54,14 @@ def _models(_) -> int:
     return 0
 
 
+def _workshop(arguments) -> int:
+    from helpers.workshop import write_editions
+
+    written = write_editions(arguments.out)
+    print(f"{len(written)} files in {arguments.out}; open {arguments.out}/INSTRUCTOR.md first")
+    return 0
+
+
 def _train(arguments) -> int:
     from helpers import training
 
@@ -66,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake in its arguments is one line on standard error and exit code 2."""
     arguments = _parser().parse_args(argv)
     try:
-        return {"run": _run, "models": _models, "train": _train}[arguments.command](arguments)
+        return {"run": _run, "models": _models, "train": _train, "workshop": _workshop}[arguments.command](arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
