@@ -80,7 +80,7 @@ def test_the_command_writes_both_editions_and_the_page(tmp_path, capsys):
 
 def expect_refusal(check: str, word: str) -> str:
     body = "\n".join("    " + line for line in check.splitlines())
-    return f"try:\n{body}\nexcept ValueError as refusal:\n    print('refused:', refusal, {word!r} in str(refusal))"
+    return f"try:\n{body}\nexcept ValueError as refusal:\n    print('answer refused:', refusal, {word!r} in str(refusal))"
 
 
 def examination(notebook, wrong):
@@ -117,7 +117,7 @@ def test_wrong_answers_are_refused_solutions_pass_and_stubs_wait(examined, path)
     executed = read(folder / path.name)
     printed = "".join(o.get("text", "") for c in executed.cells if c.cell_type == "code" for o in c.outputs)
     n = len(WRONG[path.stem])
-    refusals = [line for line in printed.splitlines() if line.startswith("refused:")]
+    refusals = [line for line in printed.splitlines() if line.startswith("answer refused:")]
     assert len(refusals) == n and all(line.endswith("True") for line in refusals), refusals
     assert printed.count(workshop.PASSED) == n
     assert printed.count(workshop.NOT_ATTEMPTED) == n
