@@ -1,4 +1,4 @@
-"""Command line: python -m helpers run | models | train | workshop."""
+"""Command line: python -m helpers run | models | workshop | html | train."""
 
 import argparse
 import sys
@@ -25,6 +25,10 @@ def _parser() -> argparse.ArgumentParser:
 
     workshop = commands.add_parser("workshop", help="write student and solution editions of the notebooks")
     workshop.add_argument("--out", type=Path, default=Path("workshop"), metavar="DIR", help="default: workshop")
+
+    site = commands.add_parser("html", help="export the executed notebooks as a static site")
+    site.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+    site.add_argument("--out", type=Path, default=Path("site"), metavar="DIR", help="default: site")
 
     train = commands.add_parser("train", help="train an embedded model from its recipe")
     train.add_argument("name")
@@ -62,6 +66,15 @@ def _workshop(arguments) -> int:
     return 0
 
 
+def _html(arguments) -> int:
+    from helpers.site import write_site
+
+    contents = write_site(arguments.outputs, arguments.out)
+    size = sum(path.stat().st_size for path in contents.parent.rglob("*")) / 1e6
+    print(f"open {contents} in a browser; the folder is {size:.1f} MB and needs no network")
+    return 0
+
+
 def _train(arguments) -> int:
     from helpers import training
 
@@ -73,11 +86,14 @@ def _train(arguments) -> int:
     return 0
 
 
+COMMANDS = {"run": _run, "models": _models, "workshop": _workshop, "html": _html, "train": _train}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake in its arguments is one line on standard error and exit code 2."""
     arguments = _parser().parse_args(argv)
     try:
-        return {"run": _run, "models": _models, "train": _train, "workshop": _workshop}[arguments.command](arguments)
+        return COMMANDS[arguments.command](arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -244,9 +245,14 @@ def interactive_heads(
     return _reuse_script(attention_heads(rounded, [visible(t) for t in tokens], names))
 
 
-def interactive_tokens(tokens: list[str], values: Float[Tensor, "pos"]) -> Html:
-    """CircuitsVis view of a text with one value per token, shown on hovering."""
-    from circuitsvis.tokens import colored_tokens
+def interactive_tokens(
+    tokens: list[str], values: Float[Tensor, "pos *label"], labels: list[str] | None = None
+) -> Html:
+    """CircuitsVis view of a text with a value per token, or one for each of `labels` to pick from."""
+    from circuitsvis.tokens import colored_tokens, colored_tokens_multi
 
-    rounded = np.round(np.asarray(values, dtype=np.float64), 3).tolist()
-    return _reuse_script(colored_tokens([visible(t) for t in tokens], rounded))
+    rounded = torch.as_tensor(values, dtype=torch.float64).cpu().round(decimals=3)
+    texts = [visible(t) for t in tokens]
+    if labels:
+        return _reuse_script(colored_tokens_multi(texts, rounded, labels))
+    return _reuse_script(colored_tokens(texts, rounded.tolist()))

@@ -19,6 +19,10 @@ SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_h
 ARCHITECTURES = ("shortformer", "gpt2", "gpt-neox", "llama", "gemma3")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", metavar="DIR", help="keep the browser's pictures of the interactive views here")
+
+
 def shortformer_state(config: dict, seed: int = 0, biases: bool = True) -> dict[str, torch.Tensor]:
     """Random weights in the legacy layout, large enough that no head is idle."""
     generator = torch.Generator().manual_seed(seed)

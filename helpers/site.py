@@ -1,0 +1,104 @@
+"""The executed series as a static site: opened from a folder or a USB stick, it asks no network for anything."""
+
+import html
+import re
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+
+from helpers.results import write_text
+
+# nbconvert's page loads three scripts from the network, for things that the series does not use.
+_TEMPLATE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}"""
+
+_CONTENTS = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The induction-head series</title><style>
+body {{ font: 18px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; width: 100% }} td, th {{ padding: .4rem .8rem; border-bottom: 1px solid #ccc; text-align: left }}
+img {{ max-width: 100% }}
+</style></head><body><h1>The induction-head series</h1>
+{figure}
+<p>Every page is an executed notebook, with the results of the model it ran on. Hovering works in the interactive views.</p>
+{tables}
+</body></html>
+"""
+
+
+def question(notebook) -> str:
+    """The question that a notebook's first cell asks."""
+    text = re.sub(r"^#.*$|\[!.*$|\*\*Question\.\*\*", "", notebook.cells[0].source, flags=re.M)
+    return " ".join(text.split("?")[0].replace("*", "").split()) + "?"
+
+
+def page(notebook) -> str:
+    """An executed notebook as one HTML page that needs no network.
+
+    The badge becomes a plain link, because its picture lies on another machine.
+    """
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.from_dict(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            source = re.sub(r"\[!\[([^]]+)\]\([^)]*\)\]", r"[\1]", cell.source)
+            cell.source = re.sub(r"\((\d\d_\w+)\.ipynb\)", r"(\1.html)", source)
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.j2": _TEMPLATE})], template_file="offline.j2")
+    title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
+
+
+def write_site(outputs: Path, out: Path) -> Path:
+    """Write a page for every executed notebook in `outputs/<model>/`, and `index.html`, which is returned.
+
+    The folder is made anew beside its place and then moved there.
+
+    Raises:
+        ValueError: there are no executed notebooks, `out` exists and holds no site, or nbconvert is missing.
+    """
+    if find_spec("nbconvert") is None:
+        raise ValueError("pages are made with nbconvert, which JupyterLab brings; type `pip install nbconvert`")
+    folders = sorted({path.parent for path in outputs.glob("*/[0-9][0-9]_*.ipynb") if ".failed" not in path.name})
+    if not folders:
+        raise ValueError(f"no executed notebooks in {outputs}; type `make run` first")
+    if out.exists() and not (out / "index.html").exists():
+        raise ValueError(f"{out} exists and is not a site; name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".site-") as temporary:
+        new = Path(temporary) / "site"
+        tables = [_write_model(folder, new / folder.name) for folder in folders]
+        write_text(new / "index.html", _CONTENTS.format(figure=_lead_figure(folders, new), tables="\n".join(tables)))
+        shutil.rmtree(out, ignore_errors=True)
+        new.rename(out)
+    return out / "index.html"
+
+
+def _write_model(folder: Path, out: Path) -> str:
+    """The pages of one model; returns their part of the contents page."""
+    rows = []
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        if ".failed" in path.name:
+            continue
+        notebook = nbformat.read(path, as_version=4)
+        write_text(out / f"{path.stem}.html", page(notebook))
+        title = html.escape(path.stem.replace("_", " "))
+        rows.append(
+            f'<tr><td><a href="{folder.name}/{path.stem}.html">{title}</a></td>'
+            f"<td>{html.escape(question(notebook))}</td></tr>"
+        )
+    return f"<h2>{html.escape(folder.name)}</h2>\n<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def _lead_figure(folders: list[Path], out: Path) -> str:
+    figures = [folder / "02_attention_visualization/figures/induction_score.png" for folder in folders]
+    for figure in figures:
+        if figure.exists():
+            shutil.copyfile(figure, out / "induction_score.png")
+            return '<img src="induction_score.png" alt="Induction score of every head: a few stand out">'
+    return ""
