@@ -15,6 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help="names, folders or hub ids")
     run.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers or names; all by default")
     run.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+    run.add_argument("--small", action="store_true", help="smaller batches, for models that are large for a CPU")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
@@ -43,7 +44,7 @@ def _run(arguments) -> int:
     if arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
     notebooks = series.find_notebooks(arguments.notebooks)
-    jobs = series.plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters))
+    jobs = series.plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters), arguments.small)
     errors = series.run(jobs, arguments.jobs)
     for label, error in errors.items():
         print(f"{label} failed at {error}", file=sys.stderr)

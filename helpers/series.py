@@ -5,9 +5,10 @@ import json
 import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import pandas as pd
@@ -86,13 +87,21 @@ def _as_type_of(default, text: str, name: str):
     return value
 
 
-def plan(models: list[str], notebooks: list[Path], out: Path, parameters: dict[str, str]) -> list[Job]:
-    """Every notebook on every model, checked before anything runs."""
+def plan(
+    models: list[str], notebooks: list[Path], out: Path, parameters: dict[str, str], small: bool = False
+) -> list[Job]:
+    """Every notebook on every model, checked before anything runs.
+
+    With `small`, sizes are those of `notebooks/small.json`, for models that are large for a CPU.
+    """
+    sizes = json.loads((NOTEBOOKS / "small.json").read_text()) if small else {}
     jobs = []
     for model in models:
         is_path = resolve(model).kind in ("folder", "nanogpt")
         name = str(Path(model).expanduser().resolve()) if is_path else model
-        jobs += [Job(path, name, check_parameters(path, parameters), out.resolve()) for path in notebooks]
+        for path in notebooks:
+            checked = sizes.get(path.stem, {}) | check_parameters(path, parameters)
+            jobs.append(Job(path, name, checked, out.resolve()))
     return jobs
 
 
@@ -107,7 +116,8 @@ def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
     try:
         # Processes, because papermill changes the working folder of the whole process.
-        with ProcessPoolExecutor(n_parallel, mp_context=get_context("spawn")) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(n_parallel, mp_context=spawn, initializer=_end_with_parent) as pool:
             errors = list(pool.map(_run_job, jobs, [staging] * len(jobs)))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -116,10 +126,22 @@ def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
     return {job.label: error for job, error in zip(jobs, errors) if error}
 
 
+def _end_with_parent() -> None:
+    """A killed run would otherwise leave its notebooks running; their kernels end with this process."""
+
+    def wait():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _run_job(job: Job, staging: Path) -> str | None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    # For the kernels, whose every step of a bar would be kept as output; papermill's own bar was imported before.
+    os.environ["TQDM_DISABLE"] = "1"
     workplace = staging / f"{job.notebook.stem}-on-{Path(job.model).name}"
     workplace.mkdir(parents=True)
     executed = workplace / f"{job.notebook.stem}.ipynb"

@@ -2,10 +2,10 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -16,6 +16,7 @@ from helpers import series
 from helpers.__main__ import main
 
 GOOD = """
+from contextlib import suppress
 from pathlib import Path
 import json
 folder = Path(output_dir) / model_name / "01_good"
@@ -71,7 +72,16 @@ def test_a_failed_run_leaves_the_earlier_good_one(notebooks, tmp_path):
     assert all(p.read_bytes() == content for p, content in good.items())
 
 
-def test_a_killed_run_leaves_no_half_written_file(notebooks, tmp_path):
+def at_work_in(folder: Path) -> list[str]:
+    """Processes whose working folder lies in `folder`, where the system tells."""
+    places = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            places.append(os.readlink(link))
+    return [place for place in places if Path(place).is_relative_to(folder)]
+
+
+def test_a_killed_run_leaves_no_half_written_file_and_no_kernel(notebooks, tmp_path):
     out = tmp_path / "out"
     assert not series.run(series.plan(["induction-2l"], series.find_notebooks(["01"], notebooks), out, {}))
     good = {p: p.read_bytes() for p in (out / "induction-2l").rglob("*") if p.is_file()}
@@ -86,8 +96,13 @@ def test_a_killed_run_leaves_no_half_written_file(notebooks, tmp_path):
             break
         time.sleep(0.2)
     assert (out / "started").exists()
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    for _ in range(50):
+        if not (left := at_work_in(out)):
+            break
+        time.sleep(0.2)
+    assert not left
     now = {p: p.read_bytes() for p in (out / "induction-2l").rglob("*") if p.is_file()}
     assert now == good
 
