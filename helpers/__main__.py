@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train an embedded model from its recipe")
     train.add_argument("name")
     train.add_argument("--folder", type=Path, default=Path("training-runs"), metavar="DIR")
-    train.add_argument("--ship", action="store_true", help="put the result into the package and outputs/training")
+    train.add_argument("--ship", action="store_true", help="put the result into the package")
     return parser
 
 

@@ -475,8 +475,8 @@ def finish(folder: Path) -> None:
 
 
 def log_file(name: str) -> Path:
-    """Where the log of a shipped model lies in the repository."""
-    return Path(__file__).resolve().parents[1] / "outputs" / "training" / name / "log.json"
+    """Where the log of a shipped model lies: with its weights, so that an installation has it too."""
+    return WEIGHTS / name / "log.json"
 
 
 _CARD = """# {name}
@@ -496,7 +496,7 @@ useful language model.
 - **How**: {steps} steps of {tokens_per_batch} tokens ({tokens:.1f} M tokens), Muon (learning rate {matrix_lr}) for the
   attention matrices and AdamW ({other_lr}) for the rest, seed {seed}, {minutes:.0f} minutes on one CPU core that
   was shared with other work. `python -m helpers train {name}` does it again; the log is in
-  `outputs/training/{name}/log.json`.
+  `log.json` beside this card.
 
 | reading at the end, held-out tokens | value |
 |---|---|
