@@ -46,7 +46,9 @@ def mean_loss(tokens: Tokens, first: int = 1) -> Metric:
 
     def of(logits, rows):
         targets = tokens[rows, first:]
-        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
+        # Flat, because a softmax over an axis that is not the last one is slow with a large vocabulary.
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view(targets.shape).mean(1)
 
     return Metric(tuple(range(first - 1, tokens.shape[1] - 1)), of)
 

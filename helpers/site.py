@@ -20,11 +20,12 @@ _CONTENTS = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>The induction-head series</title><style>
 body {{ font: 18px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; width: 100% }} td, th {{ padding: .4rem .8rem; border-bottom: 1px solid #ccc; text-align: left }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ padding: .4rem .8rem; border-bottom: 1px solid #ccc; text-align: left }}
 img {{ max-width: 100% }}
 </style></head><body><h1>The induction-head series</h1>
 {figure}
-<p>Every page is an executed notebook, with the results of the model it ran on. Hovering works in the interactive views.</p>
+<p>Every page is an executed notebook, with the results of the model it ran on.</p>
 {tables}
 </body></html>
 """

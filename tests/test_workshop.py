@@ -80,7 +80,8 @@ def test_the_command_writes_both_editions_and_the_page(tmp_path, capsys):
 
 def expect_refusal(check: str, word: str) -> str:
     body = "\n".join("    " + line for line in check.splitlines())
-    return f"try:\n{body}\nexcept ValueError as refusal:\n    print('answer refused:', refusal, {word!r} in str(refusal))"
+    say = f"print('answer refused:', refusal, {word!r} in str(refusal))"
+    return f"try:\n{body}\nexcept ValueError as refusal:\n    {say}"
 
 
 def examination(notebook, wrong):
