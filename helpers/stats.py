@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -72,23 +71,11 @@ def token_losses(
 ) -> Float[Tensor, "batch pos_1"]:
     """-log p of every token but the first, in nats; entry i is the loss on token i + 1."""
     with torch.inference_mode():
-        parts = [_losses(model, part) for part in tokens.split(chunk or rows_at_a_time(tokens))]
+        parts = [
+            model(part, return_type="loss", loss_per_token=True)
+            for part in tokens.split(chunk or rows_at_a_time(tokens))
+        ]
     return torch.cat(parts)
-
-
-def _losses(model, tokens):
-    # The bridge's own loss holds several copies of all logits, which for 262,144 tokens take gigabytes.
-    kept = []
-
-    def one_position(resid, hook):
-        kept.append(resid[:, :-1])
-        return resid[:, :1]
-
-    model.run_with_hooks(tokens, fwd_hooks=[("unembed.hook_in", one_position)])
-    answers = tokens[:, 1:].flatten().to(kept[0].device)
-    parts = zip(kept[0].flatten(0, 1).split(256), answers.split(256))
-    losses = [F.cross_entropy(model.unembed(x[None])[0], y, reduction="none") for x, y in parts]
-    return torch.cat(losses).view(len(tokens), -1)
 
 
 def rows_at_a_time(tokens: Int[Tensor, "batch pos"], budget: int = 1024) -> int:
