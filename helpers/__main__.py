@@ -1,4 +1,4 @@
-"""Command line: python -m helpers run | models | workshop | html | train."""
+"""Command line: python -m helpers run | report | models | workshop | html | train."""
 
 import argparse
 import sys
@@ -26,6 +26,10 @@ def _parser() -> argparse.ArgumentParser:
 
     workshop = commands.add_parser("workshop", help="write student and solution editions of the notebooks")
     workshop.add_argument("--out", type=Path, default=Path("workshop"), metavar="DIR", help="default: workshop")
+
+    report = commands.add_parser("report", help="compare the models of which there are outputs on one page")
+    report.add_argument("--model", nargs="+", metavar="NAME", help="all that have outputs by default")
+    report.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
 
     site = commands.add_parser("html", help="export the executed notebooks as a static site")
     site.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
@@ -67,6 +71,13 @@ def _workshop(arguments) -> int:
     return 0
 
 
+def _report(arguments) -> int:
+    from helpers.atlas import write_atlas
+
+    print(f"see {write_atlas(arguments.outputs, arguments.model)}")
+    return 0
+
+
 def _html(arguments) -> int:
     from helpers.site import write_site
 
@@ -87,7 +98,7 @@ def _train(arguments) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "models": _models, "workshop": _workshop, "html": _html, "train": _train}
+COMMANDS = {"run": _run, "report": _report, "models": _models, "workshop": _workshop, "html": _html, "train": _train}
 
 
 def main(argv: list[str] | None = None) -> int:

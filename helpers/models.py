@@ -77,6 +77,19 @@ def load(name: str = DEFAULT_MODEL, device: str | None = None) -> TransformerBri
     return bridge
 
 
+def layout(model: TransformerBridge) -> dict:
+    """How attention is laid out: how many heads and keys a layer has, and which layers see the whole prompt."""
+    cfg, config = model.cfg, getattr(model.original_model, "config", None)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * cfg.n_layers
+    return {
+        "n_layers": cfg.n_layers,
+        "n_heads": cfg.n_heads,
+        "n_key_value_heads": cfg.n_key_value_heads or cfg.n_heads,
+        "d_vocab": cfg.d_vocab,
+        "global_layers": [layer for layer, kind in enumerate(kinds) if kind == "full_attention"],
+    }
+
+
 # ---- shortformer weights in the legacy layout (embed.W_E, blocks.N.attn.W_Q, ...) ----
 
 

@@ -39,6 +39,23 @@ def is_estimate(value) -> bool:
     return isinstance(value, dict) and {"mean", "low", "high"} <= value.keys()
 
 
+def as_text(value) -> str:
+    """A recorded value for a table: an estimate with its interval, floats to three digits."""
+    if is_estimate(value):
+        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {as_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(as_text(item) for item in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(rows: pd.DataFrame) -> list[str]:
+    """The lines of a table in Markdown."""
+    header = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
+    return header + ["| " + " | ".join(as_text(v) for v in row) + " |" for row in rows.itertuples(index=False)]
+
+
 class Results:
     """The outputs of one notebook: `outputs/<model>/<notebook>/`.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers.catalog import resolve
-from helpers.results import is_estimate, write_text
+from helpers.results import as_text, markdown_table, write_text
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -215,25 +215,10 @@ def write_report(model_folder: Path) -> Path | None:
 def _report_section(summary: dict, folder: Path) -> list[str]:
     name = summary["notebook"]
     lines = ["", f"## {name}", "", "| result | value |", "|---|---|"]
-    lines += [f"| {key.replace('_', ' ')} | {_as_text(value)} |" for key, value in summary["results"].items()]
+    lines += [f"| {key.replace('_', ' ')} | {as_text(value)} |" for key, value in summary["results"].items()]
     for table in summary["tables"]:
         rows = pd.read_csv(folder / f"{table}.csv").head(10)
-        lines += ["", f"{table.replace('_', ' ')}", "", *_markdown_table(rows)]
+        lines += ["", f"{table.replace('_', ' ')}", "", *markdown_table(rows)]
     for figure in sorted((folder / "figures").glob("*.png")):
         lines += ["", f"![{figure.stem}]({name}/figures/{figure.name})"]
     return lines
-
-
-def _as_text(value) -> str:
-    if is_estimate(value):
-        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {_as_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_as_text(item) for item in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _markdown_table(rows: pd.DataFrame) -> list[str]:
-    header = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
-    return header + ["| " + " | ".join(_as_text(v) for v in row) + " |" for row in rows.itertuples(index=False)]

@@ -1,0 +1,145 @@
+"""One page that compares the models of which outputs exist, made from their summaries and tables alone."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from helpers import plots
+from helpers.results import as_text, markdown_table, write_atomically, write_text
+
+SCORES, ABLATION, PATCHING, LENS, WEIGHTS = (
+    "02_attention_visualization", "03_head_ablation", "04_activation_patching", "05_logit_lens", "07_circuit_weights",
+)  # fmt: skip
+
+# What a row shows: (text, notebook, keys of the recorded results, joined by a space).
+ROWS = [
+    ("strongest induction head and its score", SCORES, ("top_induction_head", "top_induction_score")),
+    ("its depth, as a share of all layers", SCORES, ("top_induction_depth",)),
+    ("heads with an induction score above 0.3", SCORES, ("heads_above_0_3",)),
+    ("strongest previous-token head and its score", SCORES, ("top_previous_token_head", "top_previous_token_score")),
+    ("its depth", SCORES, ("top_previous_token_depth",)),
+    ("head whose removal costs most (nats on the second copy)", ABLATION, ("top_head", "top_delta_loss_nats")),
+    ("heads whose removal costs something, of all", ABLATION, ("heads_positive_beyond_interval", "heads_total")),
+    ("induction heads: attend and matter", ABLATION, ("induction_heads",)),
+    ("attend, without an effect", ABLATION, ("attend_without_effect",)),
+    ("heads that patching picks at the last position", PATCHING, ("heads_picked_by_patching",)),
+    ("what they recover together", PATCHING, ("recovery_of_picked_heads_together",)),
+    ("stop where the answer usually first wins", LENS, ("usual_first_win",)),
+    ("answer's probability at the end", LENS, ("probability_at_the_end",)),
+    ("share of the logit difference that induction heads write", LENS, ("induction_share_of_logit_difference",)),
+]
+
+
+def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
+    """Write `atlas.md`, `atlas.csv` and `atlas.png` into the outputs folder; returns the page.
+
+    Raises:
+        ValueError: no model has outputs, or one that was asked for has none.
+    """
+    present = [path.parent.parent.name for path in sorted(outputs.glob(f"*/{SCORES}/summary.json"))]
+    missing = set(models or []) - set(present)
+    if missing or not present:
+        names = ", ".join(sorted(missing)) or "any model"
+        raise ValueError(f"no outputs of {names} in {outputs}; type `python -m helpers run --model NAME` first")
+    found = {name: _summaries(outputs / name) for name in models or present}
+    texts = [text for text, *_ in ROWS] + ["copying score of the strongest induction head, from its weights"]
+    columns = {name: [*_column(s), _copying(outputs / name, s)] for name, s in found.items()}
+    table = pd.DataFrame({"": texts} | columns)
+    write_atomically(outputs / "atlas.csv", lambda path: table.to_csv(path, index=False))
+    scores = {name: pd.read_csv(outputs / name / SCORES / "induction_scores.csv") for name in found}
+    plots.use_style()
+    figure = depth_figure(scores, {name: s[SCORES]["results"]["layout"] for name, s in found.items()})
+    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, format="png"))
+    plt.close(figure)
+    lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
+    lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
+    lines += [f"- {_layout(name, summaries)}" for name, summaries in found.items()]
+    lines += ["", "## Seconds", "", *markdown_table(_seconds(found)), ""]
+    lines += [f"[Report of {name}]({name}/report.md)  " for name in found]
+    return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
+
+
+_TEXT = """Made by `python -m helpers report` from each model's summaries and tables; square brackets are 95 % intervals.
+Depth 0 is the first layer, 1 the last. Sizes of the prompt sets differ between models and are in each summary,
+so compare which heads and how strong, not the width of intervals."""
+
+
+def _summaries(folder: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
+
+
+def _column(summaries: dict[str, dict]) -> list[str]:
+    return [_cell(summaries.get(notebook, {}).get("results", {}), keys) for _, notebook, keys in ROWS]
+
+
+def _cell(results: dict, keys: tuple[str, ...]) -> str:
+    if not all(key in results for key in keys):
+        return "not run"
+    joint = " of " if keys[-1].endswith("_total") else " "
+    return joint.join(as_text(results[key]) for key in keys) or "none"
+
+
+def _copying(folder: Path, summaries: dict[str, dict]) -> str:
+    table = folder / WEIGHTS / "copying_scores.csv"
+    if not table.exists():
+        return "not run"
+    scores = pd.read_csv(table).set_index("head")["copying_score"]
+    return as_text(float(scores[summaries[SCORES]["results"]["top_induction_head"]]))
+
+
+def _seconds(found: dict[str, dict[str, dict]]) -> pd.DataFrame:
+    notebooks = sorted({notebook for summaries in found.values() for notebook in summaries})
+    columns = {
+        name: [as_text(s[n]["wall_time_s"]) if n in s else "not run" for n in notebooks] for name, s in found.items()
+    }
+    return pd.DataFrame({"notebook": notebooks} | columns)
+
+
+def _layout(name: str, summaries: dict[str, dict]) -> str:
+    """Sliding windows and grouped queries of one model, in a sentence or two."""
+    results = summaries[SCORES]["results"]
+    layout = results["layout"]
+    text = f"**{name}**: {layout['n_layers']} layers of {layout['n_heads']} heads"
+    if layout["n_key_value_heads"] == layout["n_heads"]:
+        text += ", each with keys and values of its own."
+    else:
+        text += f", {layout['n_heads'] // layout['n_key_value_heads']} of which share keys and values."
+    if mates := results.get("score_of_heads_sharing_keys_with_a_strong_one"):
+        text += f" Heads that share their key with one above 0.3 have a mean induction score of {as_text(mates)}."
+    if kinds := results.get("best_head_of_a_layer"):
+        text += (
+            f" Of its {results['heads_above_0_3']} heads above 0.3, {results['heads_above_0_3_in_global_layers']} "
+            f"sit in the {len(layout['global_layers'])} global layers; the best head of a layer scores "
+            f"{as_text(kinds['global'])} in a global one and {as_text(kinds['sliding'])} in one with a sliding window."
+        )
+    return text
+
+
+def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> Figure:
+    """Every head's induction score against its depth, one panel a model; layers without a window are marked."""
+    figure, axes = plt.subplots(1, len(scores), figsize=(1.5 + 3.6 * len(scores), 3.8), sharey=True, squeeze=False)
+    for axis, (name, table) in zip(axes[0], scores.items()):
+        layout = layouts[name]
+        depth = table.layer / max(1, layout["n_layers"] - 1)
+        everywhere = table.layer.isin(layout["global_layers"])
+        windows = not everywhere.all()
+        kinds = [(~everywhere, 0, "o", "sliding layers"), (everywhere, 3, "D", "global layers")]
+        for mask, colour, marker, label in kinds if windows else [(everywhere, 0, "o", None)]:
+            part, spread = table[mask], (table.induction_score - table.low, table.high - table.induction_score)
+            axis.errorbar(
+                depth[mask], part.induction_score, yerr=[side[mask] for side in spread], fmt=marker, ms=4,
+                color=plots.PALETTE[colour], lw=1, label=label,
+            )  # fmt: skip
+        for _, row in table.head(3).iterrows():
+            spot = (row.layer / max(1, layout["n_layers"] - 1), row.induction_score)
+            axis.annotate(row["head"], spot, xytext=(-5, 3), textcoords="offset points", ha="right", size=9)
+        axis.set(title=name, xlabel="depth (share of layers)", xlim=(-0.08, 1.08), ylim=(-0.03, 1.08))
+        if windows:
+            axis.legend(frameon=False, fontsize=9)
+    axes[0, 0].set_ylabel("induction score")
+    sns.despine(figure)
+    return figure
