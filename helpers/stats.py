@@ -1,10 +1,13 @@
 """Means with bootstrap intervals, tidy tables, and the one formatter of head names."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 
@@ -66,6 +69,11 @@ def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: in
     return table
 
 
+def progress(steps: Iterable, what: str) -> Iterable:
+    """The steps, with a bar once they have taken three seconds; where TQDM_DISABLE is set, without."""
+    return tqdm(steps, desc=what, delay=3, leave=False)
+
+
 def token_losses(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: int | None = None
 ) -> Float[Tensor, "batch pos_1"]:
@@ -73,7 +81,7 @@ def token_losses(
     with torch.inference_mode():
         parts = [
             model(part, return_type="loss", loss_per_token=True)
-            for part in tokens.split(chunk or rows_at_a_time(tokens))
+            for part in progress(tokens.split(chunk or rows_at_a_time(tokens)), "losses")
         ]
     return torch.cat(parts)
 

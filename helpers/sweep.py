@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import Cache, DynamicCache
+
+from helpers.stats import progress
 
 Tokens = Int[Tensor, "prompt pos"]
 Rows = Int[Tensor, "row"]  # which prompt each row of a batch is
@@ -296,7 +297,7 @@ class Sweep:
         `record` maps names in `Layer.seen` to the modules of a block to keep the output of.
         """
         resid = self.embed[:, self.first :]
-        for index in tqdm(range(self.n_layers), desc="layers", delay=3, leave=False):
+        for index in progress(range(self.n_layers), "layers"):
             layer = self._layer(index, resid, record)
             yield layer
             resid = layer.out

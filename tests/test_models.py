@@ -186,3 +186,9 @@ def test_quantised_weights_are_within_half_a_step():
     for key, value in state.items():
         # Half a step from rounding, and the half-precision scale's own error at the largest weight.
         assert (restored[key] - value).abs().max() <= value.abs().max() / 127 * (0.5 + 127 * 2**-11)
+
+
+def test_layout_tells_groups_and_windows(tiny):
+    layouts = {name: models.layout(tiny(name)) for name in ARCHITECTURES}
+    assert [layouts[name]["n_key_value_heads"] for name in ARCHITECTURES] == [4, 4, 4, 2, 1]
+    assert layouts["gemma3"]["global_layers"] == [2] and layouts["llama"]["global_layers"] == [0, 1, 2]

