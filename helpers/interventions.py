@@ -106,7 +106,7 @@ def ablate_heads(
         for layer in sweep.layers():
             z = layer.seen["z"]
             edit = _z_edit(sweep, layer, _replacement(z, how, seed))
-            effects.append(_each_head(sweep, z, at, edit, layer.index + 1))
+            effects.append(_each_head(sweep, z, at, edit, sweep.after_attention(layer)))
         return _stack(sweep, effects, at, tokens.shape[1])
 
 
@@ -189,7 +189,8 @@ def patch_heads(
         for layer in sweep.layers(**{} if what == "z" else {what: _PARTS[what]}):
             tensor, n = _by_head(layer.seen[what], what, model.cfg.d_head), sweep.n
             edit = _z_edit(sweep, layer, tensor[n:]) if what == "z" else _part_edit(sweep, layer, what, tensor[n:])
-            effects.append(_each_head(sweep, tensor, at, edit, layer.index + (what == "z")))
+            start = sweep.after_attention(layer) if what == "z" else layer.index
+            effects.append(_each_head(sweep, tensor, at, edit, start))
         return _stack(sweep, effects, at, corrupted.shape[1])
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import nbformat
 
+from helpers.catalog import DEFAULT_MODEL
 from helpers.results import write_text
+
+SCRIPT = "circuitsvis.js"
 
 # nbconvert's page loads three scripts from the network, for things that the series does not use.
 _TEMPLATE = """{% extends 'lab/index.html.j2' %}
@@ -55,6 +58,14 @@ def page(notebook) -> str:
     return exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
 
 
+def _without_script(text: str) -> tuple[str, str]:
+    """A page that loads the views' script from the site's own file, and that script; 1.3 MB for each page else."""
+    found = re.search(r"<script>([^<]*(?:<(?!/script)[^<]*)*;window\.CircuitsVis = CircuitsVis;)</script>", text)
+    if not found:
+        return text, ""
+    return text.replace(found[0], f'<script src="../{SCRIPT}"></script>'), found[1]
+
+
 def write_site(outputs: Path, out: Path) -> Path:
     """Write a page for every executed notebook in `outputs/<model>/`, and `index.html`, which is returned.
 
@@ -65,7 +76,8 @@ def write_site(outputs: Path, out: Path) -> Path:
     """
     if find_spec("nbconvert") is None:
         raise ValueError("pages are made with nbconvert, which JupyterLab brings; type `pip install nbconvert`")
-    folders = sorted({path.parent for path in outputs.glob("*/[0-9][0-9]_*.ipynb") if ".failed" not in path.name})
+    folders = {path.parent for path in outputs.glob("*/[0-9][0-9]_*.ipynb") if ".failed" not in path.name}
+    folders = sorted(folders, key=lambda folder: (folder.name != DEFAULT_MODEL, folder.name))
     if not folders:
         raise ValueError(f"no executed notebooks in {outputs}; type `make run` first")
     if out.exists() and not (out / "index.html").exists():
@@ -87,7 +99,10 @@ def _write_model(folder: Path, out: Path) -> str:
         if ".failed" in path.name:
             continue
         notebook = nbformat.read(path, as_version=4)
-        write_text(out / f"{path.stem}.html", page(notebook))
+        whole, script = _without_script(page(notebook))
+        write_text(out / f"{path.stem}.html", whole)
+        if script:
+            write_text(out.parent / SCRIPT, script)
         title = html.escape(path.stem.replace("_", " "))
         rows.append(
             f'<tr><td><a href="{folder.name}/{path.stem}.html">{title}</a></td>'

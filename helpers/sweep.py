@@ -196,7 +196,9 @@ class Sweep:
         cfg, length = self.model.cfg, self.length - self.first
         block = 5 * cfg.d_model  # of the last block, only keys and values are wanted at most positions
         if start < self.n_layers - 1 or self.cut == self.first:
-            mlp = 0 if cfg.attn_only else (4 if cfg.gated_mlp else 2) * cfg.d_mlp
+            # GELU written out in elementary steps, as GPT-2's is, holds five of its inputs.
+            widths = 4 if cfg.gated_mlp else 5 if cfg.act_fn == "gelu_new" else 2
+            mlp = 0 if cfg.attn_only else widths * cfg.d_mlp
             attention = 2 * self._qkv() + 5 * cfg.n_heads * self.length
             block = 4 * cfg.d_model + max(mlp, attention)
         past = 4 * self.first * (self._qkv() - cfg.d_head * cfg.n_heads)
@@ -208,8 +210,8 @@ class Sweep:
         return max(1, int((self.budget / 4 - held) / row))
 
     def _parts(self, resid):
-        """Prompts of the unedited run, a few at a time."""
-        return resid.split(min(self.n, self._rows_at_once(0)))
+        """Prompts of the unedited run, as many at a time as one plain forward pass takes."""
+        return resid.split(self.n)
 
     # Running upwards.
 
@@ -281,6 +283,11 @@ class Sweep:
                 out = self._call(layer.index, clean(layer.resid))
         del attn  # it would be held, in every row, while the blocks above run
         return self.from_block(layer.index + 1, out, rows)
+
+    def after_attention(self, layer: Layer) -> int:
+        """The first block of which an edit of what attention gives runs more than that edit."""
+        cfg = self.model.cfg
+        return layer.index + int(cfg.attn_only or cfg.parallel_attn_mlp)
 
     def read(self, resid: Resid, rows: Rows) -> Values:
         """The metric of rows whose residual streams leave the last block."""

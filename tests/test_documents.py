@@ -68,6 +68,12 @@ def test_readme_links_and_figures_exist():
         assert (ROOT / target).exists(), target
 
 
+def test_readme_has_a_badge_for_every_notebook():
+    address = PROJECT["urls"]["Repository"].replace("https://github.com/", "https://colab.research.google.com/github/")
+    notebooks = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert re.findall(re.escape(address) + r"/blob/main/notebooks/(\w+\.ipynb)", README) == notebooks
+
+
 def test_the_ci_calls_readmes_test_command():
     assert "make test" in README and "make run" in README
     assert "make test" in (ROOT / ".ci/run").read_text()

@@ -172,8 +172,9 @@ def test_scrubbing_runs_on_redwoods_layout_and_in_its_general_form_on_a_deeper_m
     assert "90 / 51 / 79 / 35" in (redwood / "table_beside_the_post.csv").read_text()
 
 
-def test_committed_notebooks_are_small_clean_and_current(path):
-    executed = COMMITTED / path.name
+@pytest.mark.parametrize("model", ["induction-2l", "smollm2-135m", "gemma3-270m"])
+def test_committed_notebooks_are_small_clean_and_current(path, model):
+    executed = ROOT / "outputs" / model / path.name
     assert executed.stat().st_size < 3e6
     content = nbformat.read(executed, as_version=4)
     assert "widgets" not in content.metadata and "papermill" not in content.metadata
