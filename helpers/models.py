@@ -296,9 +296,21 @@ def _wrap(model: torch.nn.Module, tokenizer, name: str, device: str) -> Transfor
     bridge = build_bridge_from_module(
         model.to(device), type(model).__name__, hf_config=model.config, tokenizer=tokenizer, model_name=name
     )
-    # One-shot and irreversible, so it belongs here and never in a notebook.
-    bridge.enable_compatibility_mode()
+    _fold(bridge)
     return bridge
+
+
+def _fold(bridge: TransformerBridge) -> None:
+    """Compatibility mode. One-shot and irreversible, so it belongs here and never in a notebook."""
+    # Two of its steps copy every weight, a second or more for Gemma 3: the one is left out where there are no
+    # biases to fold, the other, which only takes the mean token from the unembedding, is done in place.
+    biases = any(name.endswith("bias") for name, _ in bridge.blocks.named_parameters())
+    bridge.enable_compatibility_mode(center_unembed=False, fold_value_biases=biases)
+    if (bridge.cfg.output_logits_soft_cap or 0) > 0:
+        return  # a capped logit is not what it was after a shift
+    with torch.no_grad():
+        for name, weight in bridge.unembed.original_component.state_dict().items():
+            weight -= weight.mean() if name.endswith("bias") else weight.mean(0)
 
 
 def _load_hub(name: str, source: Source, device: str) -> TransformerBridge:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, SHORTFORMER, shortformer_state
 from safetensors.torch import save_file
+from transformer_lens.model_bridge import TransformerBridge
 
 from helpers import catalog, models
 
@@ -98,6 +99,20 @@ def test_log_probabilities_equal_hugging_faces(architecture, model_folder, tiny,
     found = tiny(architecture)(tokens).log_softmax(-1)
     assert (found - expected).abs().max() < 1e-4
     assert tiny(architecture).compatibility_mode
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_folding_equals_the_librarys_own(architecture, model_folder, tiny):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder[architecture], attn_implementation="eager")
+    theirs = TransformerBridge.boot_transformers(architecture, hf_model=model, tokenizer=models.load().tokenizer)
+    theirs.enable_compatibility_mode()
+    ours, found, expected = tiny(architecture), *(bridge.state_dict() for bridge in (tiny(architecture), theirs))
+    torch.testing.assert_close(ours.W_U.mean(1), torch.zeros(ours.cfg.d_model), atol=1e-5, rtol=0)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
