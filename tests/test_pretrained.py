@@ -323,10 +323,8 @@ def test_induction_heads_are_where_they_were_found(name):
 @pytest.mark.slow
 @each_wheel
 def test_scores_and_ablation_run_in_small(name, tmp_path):
-    notebooks = series.find_notebooks(["02", "03"])
-    sizes = {"n_seeds": "2", "batch": "2", "length": "10", "text_length": "40"}
-    jobs = series.plan([name], notebooks, tmp_path, sizes, small=True)
-    assert not series.run(jobs)
+    # The sizes of the committed outputs: with fewer prompts the notebooks' own checks meet noise.
+    assert not series.run(series.plan([name], series.find_notebooks(["02", "03"]), tmp_path, {}, small=True))
     results = {
         path.parent.name[:2]: json.loads(path.read_text())["results"] for path in tmp_path.glob("*/*/summary.json")
     }
