@@ -323,7 +323,7 @@ def test_induction_heads_are_where_they_were_found(name):
 @pytest.mark.slow
 @each_wheel
 def test_scores_and_ablation_run_in_small(name, tmp_path):
-    # The sizes of the committed outputs: with fewer prompts the notebooks' own checks meet noise.
+    # The sizes of the committed outputs.
     assert not series.run(series.plan([name], series.find_notebooks(["02", "03"]), tmp_path, {}, small=True))
     results = {
         path.parent.name[:2]: json.loads(path.read_text())["results"] for path in tmp_path.glob("*/*/summary.json")
