@@ -16,7 +16,6 @@ from helpers import series
 from helpers.__main__ import main
 
 GOOD = """
-from contextlib import suppress
 from pathlib import Path
 import json
 folder = Path(output_dir) / model_name / "01_good"
