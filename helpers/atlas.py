@@ -1,6 +1,5 @@
 """One page that compares the models of which outputs exist, made from their summaries and tables alone."""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,7 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from helpers import plots
-from helpers.results import as_text, markdown_table, write_atomically, write_text
+from helpers.results import as_text, markdown_table, read_summaries, write_atomically, write_text
 
 SCORES, ABLATION, PATCHING, LENS, WEIGHTS = (
     "02_attention_visualization", "03_head_ablation", "04_activation_patching", "05_logit_lens", "07_circuit_weights",
@@ -45,7 +44,7 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     if missing or not present:
         names = ", ".join(sorted(missing)) or "any model"
         raise ValueError(f"no outputs of {names} in {outputs}; type `python -m helpers run --model NAME` first")
-    found = {name: _summaries(outputs / name) for name in models or present}
+    found = {name: read_summaries(outputs / name) for name in models or present}
     texts = [text for text, *_ in ROWS] + ["copying score of the strongest induction head, from its weights"]
     columns = {name: [*_column(s), _copying(outputs / name, s)] for name, s in found.items()}
     table = pd.DataFrame({"": texts} | columns)
@@ -66,10 +65,6 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
 _TEXT = """Made by `python -m helpers report` from the summaries and tables of each model; brackets are 95 % intervals.
 Depth 0 is the first layer, 1 the last. Sizes of the prompt sets differ between models and are in each summary,
 so compare which heads and how strong, not the width of intervals."""
-
-
-def _summaries(folder: Path) -> dict[str, dict]:
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
 
 
 def _column(summaries: dict[str, dict]) -> list[str]:
@@ -134,8 +129,8 @@ def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> F
                 depth[mask], part.induction_score, yerr=[side[mask] for side in spread], fmt=marker, ms=4,
                 color=plots.PALETTE[colour], lw=1, label=label,
             )  # fmt: skip
-        for _, row in table.head(3).iterrows():
-            spot = (row.layer / max(1, layout["n_layers"] - 1), row.induction_score)
+        for x, (_, row) in zip(depth, table.head(3).iterrows()):
+            spot = (x, row.induction_score)
             axis.annotate(row["head"], spot, xytext=(-5, 3), textcoords="offset points", ha="right", size=9)
         axis.set(title=name, xlabel="depth (share of layers)", xlim=(-0.08, 1.08), ylim=(-0.03, 1.08))
         if windows:

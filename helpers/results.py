@@ -39,6 +39,11 @@ def is_estimate(value) -> bool:
     return isinstance(value, dict) and {"mean", "low", "high"} <= value.keys()
 
 
+def read_summaries(model_folder: Path) -> dict[str, dict]:
+    """The summaries of one model's notebooks, by notebook, in order."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(model_folder.glob("*/summary.json"))}
+
+
 def as_text(value) -> str:
     """A recorded value for a table: an estimate with its interval, floats to three digits."""
     if is_estimate(value):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers.catalog import resolve
-from helpers.results import as_text, markdown_table, write_text
+from helpers.results import as_text, markdown_table, read_summaries, write_text
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -199,7 +199,7 @@ def clean_metadata(notebook: Path) -> None:
 
 def write_report(model_folder: Path) -> Path | None:
     """Gather the summaries of one model's notebooks into `report.md`, with tables and figures."""
-    summaries = [json.loads(path.read_text()) for path in sorted(model_folder.glob("*/summary.json"))]
+    summaries = list(read_summaries(model_folder).values())
     if not summaries:
         return None
     lines = [f"# {model_folder.name}: what the series found", ""]

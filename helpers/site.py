@@ -76,7 +76,7 @@ def write_site(outputs: Path, out: Path) -> Path:
     """
     if find_spec("nbconvert") is None:
         raise ValueError("pages are made with nbconvert, which JupyterLab brings; type `pip install nbconvert`")
-    folders = {path.parent for path in outputs.glob("*/[0-9][0-9]_*.ipynb") if ".failed" not in path.name}
+    folders = filter(_executed, outputs.glob("*/"))
     folders = sorted(folders, key=lambda folder: (folder.name != DEFAULT_MODEL, folder.name))
     if not folders:
         raise ValueError(f"no executed notebooks in {outputs}; type `make run` first")
@@ -92,12 +92,15 @@ def write_site(outputs: Path, out: Path) -> Path:
     return out / "index.html"
 
 
+def _executed(folder: Path) -> list[Path]:
+    """A model's notebooks that ran to their end."""
+    return [path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")) if ".failed" not in path.name]
+
+
 def _write_model(folder: Path, out: Path) -> str:
     """The pages of one model; returns their part of the contents page."""
     rows = []
-    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-        if ".failed" in path.name:
-            continue
+    for path in _executed(folder):
         notebook = nbformat.read(path, as_version=4)
         whole, script = _without_script(page(notebook))
         write_text(out / f"{path.stem}.html", whole)
