@@ -102,12 +102,11 @@ def ablate_heads(
     _check_ablation(how, tokens)
     at = _resolve(position, tokens, metric)
     with sweeping(model, tokens, metric, first=_first(at), frozen=how == ABLATIONS[3], budget=budget) as sweep:
-        effects = []
         for layer in sweep.layers():
             z = layer.seen["z"]
             edit = _z_edit(sweep, layer, _replacement(z, how, seed))
-            effects.append(_each_head(sweep, z, at, edit, sweep.after_attention(layer)))
-        return _stack(sweep, effects, at, tokens.shape[1])
+            _each_head(sweep, layer, z, at, edit, sweep.attention_ends_block)
+        return _stack(sweep, model.cfg.n_heads, at, tokens.shape[1])
 
 
 def ablate_together(
@@ -185,13 +184,11 @@ def patch_heads(
     _check_part(what, _PARTS)
     at = _resolve(position, corrupted, metric)
     with _patching(model, corrupted, clean, metric, at, budget) as sweep:
-        effects = []
         for layer in sweep.layers(**{} if what == "z" else {what: _PARTS[what]}):
             tensor, n = _by_head(layer.seen[what], what, model.cfg.d_head), sweep.n
             edit = _z_edit(sweep, layer, tensor[n:]) if what == "z" else _part_edit(sweep, layer, what, tensor[n:])
-            start = sweep.after_attention(layer) if what == "z" else layer.index
-            effects.append(_each_head(sweep, tensor, at, edit, start))
-        return _stack(sweep, effects, at, corrupted.shape[1])
+            _each_head(sweep, layer, tensor, at, edit, what == "z" and sweep.attention_ends_block)
+        return _stack(sweep, tensor.shape[2], at, corrupted.shape[1])
 
 
 def patch_resid(
@@ -211,12 +208,10 @@ def patch_resid(
     """
     _check_part(what, ("resid", "attn") if model.cfg.attn_only else ("resid", "attn", "mlp"))
     with _patching(model, corrupted, clean, metric, None, budget) as sweep:
-        effects = []
         for layer in sweep.layers(**{"mlp": "hook_mlp_out"} if what == "mlp" else {}):
             tensor = layer.resid if what == "resid" else layer.seen[what]
-            edit = _resid_edit(sweep, layer, what, tensor)
-            effects.append(_each_head(sweep, tensor[:, :, None], "each", edit, layer.index))
-        return _stack(sweep, effects, "each", corrupted.shape[1]).squeeze(2)
+            _each_head(sweep, layer, tensor[:, :, None], "each", _resid_edit(sweep, layer, what, tensor))
+        return _stack(sweep, 1, "each", corrupted.shape[1]).squeeze(2)
 
 
 def patch_edges(
@@ -252,8 +247,8 @@ def patch_edges(
             elif layer.index == receiver[0]:
                 n_readers = sweep.n_heads if through == "q" else groups
                 edit = _edge_edit(sweep, senders, layer, receiver[1] * n_readers // sweep.n_heads, n_readers, through)
-                values = sweep.measure(len(senders) * sweep.n_heads, edit, layer.index)
-        return (values - sweep.baseline[:, None]).unflatten(1, (len(senders), sweep.n_heads))
+                sweep.measure(layer.index, len(senders) * sweep.n_heads, edit, sweep.width(layer.index))
+        return (sweep.values()[0] - sweep.baseline[:, None]).unflatten(1, (len(senders), sweep.n_heads))
 
 
 def patch_together(
@@ -292,7 +287,7 @@ def _patching(model, corrupted, clean, metric, at, budget) -> AbstractContextMan
     return sweeping(model, torch.cat([corrupted, clean]), metric, n=len(corrupted), first=_first(at), budget=budget)
 
 
-# ---- edits: functions of which items, at which positions, in which rows ----
+# ---- edits: from which items, at which positions, in which rows, to streams that leave the block ----
 
 
 def _z_edit(sweep, layer, new):
@@ -311,6 +306,7 @@ def _attention(sweep, layer, new, heads, at, rows):
     if at is not None:
         mixed = torch.where(_chosen(at, z)[..., None], mixed, z[row, :, heads])
     z[row, :, heads] = mixed
+    # Not the change through W_O alone: what a large head writes cancels, and rounds badly.
     return sweep.blocks[layer.index].attn.o(z.flatten(2))
 
 
@@ -321,8 +317,8 @@ def _part_edit(sweep, layer, what, source):
 
     def edit(heads, at, rows):
         mask = _chosen(at, source)[..., None] & (heads[:, None] == every)[:, None]
-        hooks = {layer.index: [(module, _swap(what, source[rows], mask))]}
-        return sweep.from_block(layer.index, layer.resid[rows], rows, hooks)
+        hooks = [(module, _swap(what, source[rows], mask))]
+        return sweep.through(layer.index, layer.resid[rows], rows, hooks)
 
     return edit
 
@@ -354,8 +350,8 @@ def _resid_edit(sweep, layer, what, tensor):
         if what == "attn":
             return sweep.from_attention(layer, tensor[rows] + delta, rows)
         if what == "resid":
-            return sweep.from_block(layer.index, tensor[rows] + delta, rows)
-        return sweep.from_block(layer.index + 1, layer.out[rows] + delta, rows)
+            return sweep.through(layer.index, tensor[rows] + delta, rows)
+        return layer.out[rows] + delta
 
     return edit
 
@@ -372,8 +368,8 @@ def _edge_edit(sweep, senders, layer, receiver, n_readers, through):
             if mine.any():
                 resid[mine] += _contribution(sweep, sender, items[mine] % n, rows[mine])
         new = sweep.part(layer.index, resid, rows, module).unflatten(2, (n_readers, -1))
-        hooks = {layer.index: [(module, _swap(through, new, only))]}
-        return sweep.from_block(layer.index, layer.resid[rows], rows, hooks)
+        hooks = [(module, _swap(through, new, only))]
+        return sweep.through(layer.index, layer.resid[rows], rows, hooks)
 
     return edit
 
@@ -403,9 +399,13 @@ def _together(sweep, sets, z, mlp=()):
         return pairs
 
     def edit(items, rows):
-        return sweep.from_block(0, sweep.embed[rows], rows, {layer: hooks(layer, items, rows) for layer in z})
+        resid = sweep.embed[rows]
+        for layer in range(sweep.n_layers):
+            resid = sweep.through(layer, resid, rows, hooks(layer, items, rows))
+        return resid
 
-    return sweep.measure(len(sets), edit, 0) - sweep.baseline[:, None]
+    sweep.measure(sweep.n_layers - 1, len(sets), edit, sweep.width(0))
+    return sweep.values()[0] - sweep.baseline[:, None]
 
 
 # ---- positions ----
@@ -432,20 +432,23 @@ def _chosen(at, tensor):
     return at[:, None] == torch.arange(-tensor.shape[1], 0, device=tensor.device)
 
 
-def _each_head(sweep, tensor, at, edit, start):
-    """Measure `edit(heads, at, rows)`, `at` counting positions from the end, None for all."""
+def _each_head(sweep, layer, tensor, at, edit, light=False):
+    """Measure `edit(heads, at, rows)`, `at` counting positions from the end, None for all; `light` runs no block."""
     length, n_heads = tensor.shape[1:3]
+    width = 5 * length * sweep.model.cfg.d_model if light else sweep.width(layer.index)
     if at == "each":
-        values = sweep.measure(n_heads * length, lambda i, rows: edit(i // length, i % length - length, rows), start)
-        return values.unflatten(1, (n_heads, length))
-    where = None if at is None else torch.tensor([at - sweep.length], device=sweep.tokens.device)
-    return sweep.measure(n_heads, lambda heads, rows: edit(heads, where, rows), start)
+        n_items, each = n_heads * length, lambda i, rows: edit(i // length, i % length - length, rows)
+    else:
+        where = None if at is None else torch.tensor([at - sweep.length], device=sweep.tokens.device)
+        n_items, each = n_heads, lambda heads, rows: edit(heads, where, rows)
+    sweep.measure(layer.index, n_items, each, width)
 
 
-def _stack(sweep, values, at, length):
+def _stack(sweep, n_heads, at, length):
     """Layers on axis 1, minus the baseline; 0 at positions from which nothing reaches the metric."""
-    effects = [part - sweep.baseline.view(-1, *[1] * (part.ndim - 1)) for part in values]
+    effects = [values - sweep.baseline[:, None] for values in sweep.values()]
     if at == "each":
         after = length - sweep.length
+        effects = [part.unflatten(1, (n_heads, -1)) for part in effects]
         effects = [nn.functional.pad(part, (sweep.length - part.shape[2], after)) for part in effects]
     return torch.stack(effects, 1)

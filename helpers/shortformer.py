@@ -7,7 +7,8 @@ Source: Press, Smith & Lewis 2021, "Shortformer", section 5 (position-infused at
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native.model import NativeAttention, NativeBlock, NativeModel
 from transformer_lens.utilities import TypedModuleList
@@ -42,6 +43,14 @@ class ShortformerAttention(NativeAttention):
             z = pattern @ v
         return self.o(z.transpose(1, 2).reshape(batch, seq, -1)), pattern
 
+    def few_queries(self, hidden: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
+        """Output at the last `n` positions."""
+        seq = hidden.shape[1]
+        positioned = hidden + self._pos[0](torch.arange(seq, device=hidden.device))
+        inputs = (self.q, positioned[:, -n:]), (self.k, positioned), (self.v, hidden)
+        q, k, v = (linear(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for linear, x in inputs)
+        return self.o((self._pattern(q, k, None) @ v).transpose(1, 2).flatten(2))
+
     def _pattern(self, q, k, attention_mask):
         batch, _, seq, _ = q.shape
         # Queries are the last positions when earlier keys come from a cache.
@@ -62,6 +71,10 @@ class ShortformerBlock(NativeBlock):
 
     def forward(self, hidden_states, **kwargs):
         return (hidden_states + self.attn(self.ln1(hidden_states), **kwargs)[0],)
+
+    def few_queries(self, resid: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
+        """Residual streams after the block at the last `n` positions; see `ShortformerAttention.few_queries`."""
+        return resid[:, -n:] + self.attn.few_queries(self.ln1(resid), n)
 
 
 class ShortformerModel(NativeModel):

@@ -2,18 +2,21 @@
 
 A sweep walks up the unedited model once. At each layer every edit becomes a row of one batch,
 and the rows go through the blocks above, which are the model's own, so that every architecture
-is exact. Not run: the blocks below an edit; attention of the edited block, where the edit enters
-after it; positions before the edit, whose keys and values are those of the clean run; of the
-last block, positions that the metric does not read; the unembedding elsewhere than it reads.
+is exact. As far as memory allows, rows of all layers rise together and are unembedded together,
+since a product with few rows costs nearly what one with many does. Not run: the blocks below an
+edit; attention of the edited block, where the edit enters after it; positions before the edit,
+whose keys and values are those of the clean run; of the last block, positions that the metric
+does not read; the unembedding elsewhere than it reads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import Cache, DynamicCache
 
@@ -23,7 +26,7 @@ Tokens = Int[Tensor, "prompt pos"]
 Rows = Int[Tensor, "row"]  # which prompt each row of a batch is
 Resid = Float[Tensor, "row pos d_model"]
 Values = Float[Tensor, "row"]
-Hooks = list[tuple[nn.Module, Callable]]  # modules and torch forward hooks
+Hooks = Sequence[tuple[nn.Module, Callable]]  # modules and torch forward hooks
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,30 @@ class Layer:
     resid: Float[Tensor, "prompt pos d_model"]  # entering the block
     out: Float[Tensor, "prompt out_pos d_model"]  # leaving the block
     seen: dict[str, Tensor]  # by name; always z, and attn: z @ W_O before any norm that follows
+
+
+@dataclass
+class Batch:
+    """Edited rows on their way up."""
+
+    resid: Resid
+    rows: Rows
+    places: Int[Tensor, "row"]  # of their values among all that the sweep was asked for
+
+    def chunks(self, size: int) -> Iterator["Batch"]:
+        """Parts of at most `size` rows, of nearly equal size."""
+        n = -(-len(self.rows) // size)
+        parts = (x.tensor_split(n) for x in (self.resid, self.rows, self.places))
+        return (Batch(*part) for part in zip(*parts))
+
+
+def _joined(batches):
+    return Batch(*map(_cat, zip(*((batch.resid, batch.rows, batch.places) for batch in batches))))
+
+
+def _cat(parts):
+    """`torch.cat` that does not copy what is in one part already."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Stop(Exception):
@@ -81,9 +108,9 @@ def _instead(module: nn.Module, output):
 
 
 def _stopped(run, *args):
-    """Run a block that stops early and take the value it stopped with."""
+    """What `run` returns, or the value that it stopped with."""
     try:
-        run(*args)
+        return run(*args)
     except _Stop as stop:
         return stop.args[0]
 
@@ -120,11 +147,20 @@ class Sweep:
         self.read_at = [position - self.length for position in read]
         self.cache, self.arguments = DynamicCache(), {}
         self.arguments[self.length], self.logits = self._watch(self.tokens[:1], self.cache)
-        self.first = self._learn_suffix(min(first or 0, *read))
+        keeps = self.cache.get_seq_length() == self.length  # else positions cannot be run without earlier ones
+        self.first = min(first or 0, *read) if keeps else 0
+        self._learn_suffix(self.first)
         # The last block need not be run before the first position that is read; but two positions
         # at least, because products with a single row round differently from the full run's.
-        self.cut = self._learn_suffix(max(self.first, min(*read, self.length - 2)))
+        self.cut = max(self.first, min(*read, self.length - 2)) if keeps else 0
+        self.few_queries = getattr(self.blocks[-1].original_component, "few_queries", None)
+        points = (module for module in self.blocks[-1].modules() if isinstance(module, HookPoint))
+        self.watched = {point for point in points if point._forward_hooks}  # by whoever calls
         self.budget = budget or 2 * self._forward_bytes(tokens.shape[1])
+        self.asked: list[int] = []  # how many items each call of `measure` has
+        self.waiting: list[Batch] = []  # to enter the block that the walk comes to next
+        self.unread: list[Batch] = []  # through the last block, at the positions that are read
+        self.done: list[tuple[Tensor, Values]] = []  # places and values
         self._prepare(frozen)
 
     # What the model itself hands to its blocks, learnt from one prompt, fits any batch.
@@ -141,16 +177,13 @@ class Sweep:
             logits = self.model(prompt, past_key_values=cache)
         return seen, logits
 
-    def _learn_suffix(self, start) -> int:
-        """Learn to run from position `start` on; 0 where the model keeps no keys and values."""
-        if self.cache.get_seq_length() != self.length:
-            return 0
+    def _learn_suffix(self, start):
+        """Learn to run from position `start` on."""
         if self.length - start not in self.arguments:
             cache = DynamicCache()
             for index, layer in enumerate(self.cache.layers):
                 cache.update(layer.keys[:, :, :start], layer.values[:, :, :start], index)
             self.arguments[self.length - start], _ = self._watch(self.tokens[:1, start:], cache)
-        return start
 
     def _call(self, layer, resid, function=None):
         cache = _Cache(function) if function else None
@@ -167,18 +200,20 @@ class Sweep:
         for layer in range(self.n_layers if self.first or frozen else 0):
             past, patterns = [], []
 
-            def keep(*new, past=past):
+            def keep(*new, past=past, last=layer == self.n_layers - 1):
                 past.append([x[:, :, : self.first] for x in new])
+                if last and not frozen:
+                    raise _Stop(new[0])  # nothing else of the last block is wanted
                 return new
 
             hook = (self.blocks[layer].attn.hook_pattern, lambda *call, patterns=patterns: patterns.append(call[2]))
             with _hooked([hook] if frozen else []):
                 keep = keep if self.first else None
-                resid = torch.cat([self._call(layer, part, keep) for part in self._parts(resid)])
+                resid = _cat([_stopped(self._call, layer, part, keep) for part in self._parts(resid)])
             if self.first:
                 self.past.append([torch.cat(pair) for pair in zip(*past)])
             if frozen:
-                self.patterns.append(torch.cat(patterns))
+                self.patterns.append(_cat(patterns))
 
     # Memory, counted in numbers that a block, or a metric, holds at once for one position of one row.
 
@@ -191,11 +226,13 @@ class Sweep:
         cfg = self.model.cfg
         return cfg.d_head * (cfg.n_heads + 2 * (cfg.n_key_value_heads or cfg.n_heads))
 
-    def _rows_at_once(self, start: int) -> int:
-        """How many rows fit that run from block `start` up."""
+    def width(self, layer: int) -> int:
+        """Numbers held for one row that runs through block `layer`; none above the last."""
         cfg, length = self.model.cfg, self.length - self.first
+        if layer == self.n_layers:
+            return 0
         block = 5 * cfg.d_model  # of the last block, only keys and values are wanted at most positions
-        if start < self.n_layers - 1 or self.cut == self.first:
+        if layer < self.n_layers - 1 or self.cut == self.first:
             # GELU written out in elementary steps, as GPT-2's is, holds five of its inputs.
             widths = 4 if cfg.gated_mlp else 5 if cfg.act_fn == "gelu_new" else 2
             mlp = 0 if cfg.attn_only else widths * cfg.d_mlp
@@ -203,11 +240,16 @@ class Sweep:
             block = 4 * cfg.d_model + max(mlp, attention)
         past = 4 * self.first * (self._qkv() - cfg.d_head * cfg.n_heads)
         frozen = 2 * cfg.n_heads * self.length * length if self.patterns else 0
-        row = length * block + past + frozen + 2 * len(self.read_at) * cfg.d_vocab
-        # The embeddings, and of the layer at hand what enters and leaves it, z and attention's output.
-        held = len(self.tokens) * (self.length + 4 * length) * cfg.d_model
+        return length * block + past + frozen
+
+    def _fit(self, width: int) -> int:
+        """How many rows of this width fit beside what is held."""
+        # The embeddings, and of the layer at hand what enters and leaves it, z, attention's output, and an edit.
+        held = len(self.tokens) * (self.length + 5 * (self.length - self.first)) * self.model.cfg.d_model
         held += sum(x.numel() for x in self.patterns) + sum(x.numel() for pair in self.past for x in pair)
-        return max(1, int((self.budget / 4 - held) / row))
+        # Rows that wait are held twice while they are joined.
+        held += 2 * sum(batch.resid.numel() for batch in self.waiting + self.unread)
+        return max(1, int((self.budget / 4 - held) / width))
 
     def _parts(self, resid):
         """Prompts of the unedited run, as many at a time as one plain forward pass takes."""
@@ -239,13 +281,25 @@ class Sweep:
 
         return _stopped(self.block, layer, resid, rows, [(module, stop)])
 
-    def last_block(self, resid: Resid, rows: Rows, hooks: Hooks = ()) -> Float[Tensor, "row out_pos d_model"]:
+    def last_block(
+        self, layer: int, resid: Resid, rows: Rows, hooks: Hooks = ()
+    ) -> Float[Tensor, "row out_pos d_model"]:
         """Residual streams after the last block, from the first position that is read on."""
-        layer, length = self.n_layers - 1, self.length - self.cut
+        length = self.length - self.cut
         if resid.shape[1] == length:
             return self.block(layer, resid, rows, hooks)
+        if few_queries := self._few_queries(hooks):
+            with _hooked(hooks):
+                return few_queries(resid, length)
+        self._learn_suffix(self.cut)
         keys_values = self._keys_values(layer, resid, rows, hooks)
         return self.block(layer, resid[:, -length:], rows, hooks, lambda *_: keys_values)
+
+    def _few_queries(self, hooks):
+        """The last block's own way to run a few positions, where it has one and nothing but z is watched or changed."""
+        watched = {module for module, _ in hooks} | self.watched
+        others = self.first or self.patterns or watched - set(self.blocks[-1].attn.o.modules())
+        return None if others else self.few_queries
 
     def _keys_values(self, layer, resid, rows, hooks):
         """Keys and values of a block at all positions, without queries or what follows them."""
@@ -259,42 +313,32 @@ class Sweep:
         with _instead(queries, nothing):
             return _stopped(self.block, layer, resid, rows, hooks, stop)
 
-    def from_block(self, layer: int, resid: Resid, rows: Rows, hooks: dict[int, Hooks] | None = None) -> Values:
-        """The metric of rows whose residual streams enter block `layer`; `hooks` by layer."""
-        hooks = hooks or {}
-        for index in range(layer, self.n_layers - 1):
-            resid = self.block(index, resid, rows, hooks.get(index, []))
-        if layer < self.n_layers:
-            resid = self.last_block(resid, rows, hooks.get(self.n_layers - 1, []))
-        return self.read(resid, rows)
+    def through(
+        self, layer: int, resid: Resid, rows: Rows, hooks: Hooks = ()
+    ) -> Float[Tensor, "row out_pos d_model"]:
+        """Residual streams after a block; after the last one as `last_block` gives them."""
+        return (self.last_block if layer == self.n_layers - 1 else self.block)(layer, resid, rows, hooks)
 
-    def from_attention(self, layer: Layer, attn: Resid, rows: Rows) -> Values:
-        """The metric of rows where attention of a block gives `attn`, before any norm that follows."""
+    def from_attention(self, layer: Layer, attn: Resid, rows: Rows) -> Resid:
+        """Residual streams after a block whose attention gives `attn`, before any norm that follows."""
 
         def clean(tensor):
             return tensor[:, -attn.shape[1] :].index_select(0, rows)
 
         if self.model.cfg.attn_only:
-            out = clean(layer.resid) + attn
-        elif self.model.cfg.parallel_attn_mlp:
-            out = clean(layer.out) + (attn - clean(layer.seen["attn"]))
-        else:
-            with _instead(self.blocks[layer.index].attn, (attn, None)):
-                out = self._call(layer.index, clean(layer.resid))
-        del attn  # it would be held, in every row, while the blocks above run
-        return self.from_block(layer.index + 1, out, rows)
+            return clean(layer.resid).add_(attn)
+        if self.model.cfg.parallel_attn_mlp:
+            return clean(layer.out).add_(attn - clean(layer.seen["attn"]))
+        with _instead(self.blocks[layer.index].attn, (attn, None)):
+            return self._call(layer.index, clean(layer.resid))
 
-    def after_attention(self, layer: Layer) -> int:
-        """The first block of which an edit of what attention gives runs more than that edit."""
-        cfg = self.model.cfg
-        return layer.index + int(cfg.attn_only or cfg.parallel_attn_mlp)
-
-    def read(self, resid: Resid, rows: Rows) -> Values:
-        """The metric of rows whose residual streams leave the last block."""
-        return self.metric.of(self._logits(resid), rows)
+    @property
+    def attention_ends_block(self) -> bool:
+        """Whether an edit of what attention gives leaves nothing of its block to run."""
+        return self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp
 
     def _logits(self, resid):
-        return finite(self.model.unembed(self.model.ln_final(resid[:, self.read_at])))
+        return finite(self.model.unembed(self.model.ln_final(resid)))
 
     # Sweeping.
 
@@ -305,11 +349,13 @@ class Sweep:
         """
         resid = self.embed[:, self.first :]
         for index in progress(range(self.n_layers), "layers"):
+            self._rise(index)
             layer = self._layer(index, resid, record)
             yield layer
             resid = layer.out
-        self._follows(resid)
-        self.baseline = self.read(resid[: self.n], self.everyone[: self.n])
+        logits = self._logits(resid[: self.n, self.read_at])
+        self._follows(logits[:1])
+        self.baseline = self.metric.of(logits, self.everyone[: self.n])
 
     def _layer(self, index, resid, record):
         block, seen = self.blocks[index], {name: [] for name in ("z", "attn", *record)}
@@ -325,25 +371,67 @@ class Sweep:
         hooks = [(block.attn.o, keep_z), *((block.get_submodule(path), keep(name)) for name, path in record.items())]
         outs = []
         for part, rows in zip(self._parts(resid), self._parts(self.everyone)):
-            last = index == self.n_layers - 1
-            outs.append(self.last_block(part, rows, hooks) if last else self.block(index, part, rows, hooks))
-        return Layer(index, resid, torch.cat(outs), {name: torch.cat(parts) for name, parts in seen.items()})
+            outs.append(self.through(index, part, rows, hooks))
+        return Layer(index, resid, _cat(outs), {name: _cat(parts) for name, parts in seen.items()})
 
-    def _follows(self, resid):
+    def _follows(self, ours):
         """Refuse a model that does more than blocks, final norm and unembedding."""
-        ours, theirs = self._logits(resid[:1]), self.logits[:, self.read_at]
+        theirs = self.logits[:, self.read_at]
         error = float((ours - theirs).abs().max() / theirs.abs().max())
         if error > 1e-3:
             raise RuntimeError(f"sweeps do not follow {self.model.cfg.architecture}: logits differ by {error:.1e}")
 
-    def measure(self, n_items: int, edit: Callable[[Rows, Rows], Values], start: int) -> Float[Tensor, "prompt item"]:
-        """`edit(items, rows)` on every item and prompt, as many at once as memory allows.
+    def measure(self, layer: int, n_items: int, edit: Callable[[Rows, Rows], Resid], width: int) -> None:
+        """Ask for the metric of `edit(items, rows)`, which leave block `layer`, on every item and prompt.
 
-        `start` is the first block that edits run.
+        `width` is how many numbers the edit holds for one row; `values` has the answer.
         """
         pairs = torch.arange(n_items * self.n, device=self.tokens.device)
-        parts = [edit(part // self.n, part % self.n) for part in pairs.split(self._rows_at_once(start))]
-        return torch.cat(parts).view(n_items, self.n).T
+        start = self.n * sum(self.asked)
+        for part in pairs.tensor_split(-(-len(pairs) // self._fit(max(width, self.width(layer + 1))))):
+            items, rows = part // self.n, part % self.n
+            batch = Batch(edit(items, rows), rows, start + part)
+            waiting = sum(other.resid.numel() for other in [*self.waiting, batch])
+            if layer + 1 < self.n_layers and waiting <= self.budget / 64:
+                self.waiting.append(batch)
+            else:
+                self._up(batch, layer + 1, self.n_layers)
+        self.asked.append(n_items)
+
+    def _up(self, batch, start, end):
+        """Take rows that enter block `start` up to block `end`."""
+        for index in range(start, end):
+            batch.resid = self.through(index, batch.resid, batch.rows)
+        if end < self.n_layers:
+            return self.waiting.append(batch)
+        batch.resid = batch.resid[:, self.read_at]
+        self.unread.append(batch)
+        self._read(full=True)
+
+    def _rise(self, index):
+        """Let the rows that wait pass block `index`, so that those edited there can join them."""
+        if not self.waiting:
+            return
+        size = self._fit(self.width(index))
+        batch, self.waiting = _joined(self.waiting), []
+        for part in batch.chunks(size):
+            self._up(part, index, index + 1)
+
+    def _read(self, full=False):
+        """Measure the rows that are through; if `full`, only when they are as many as fit."""
+        size = self._fit(len(self.read_at) * (self.model.cfg.d_model + 2 * self.model.cfg.d_vocab))
+        if sum(len(batch.rows) for batch in self.unread) < (size if full else 1):
+            return
+        batch, self.unread = _joined(self.unread), []
+        for part in batch.chunks(size):
+            self.done.append((part.places, self.metric.of(self._logits(part.resid), part.rows)))
+
+    def values(self) -> list[Float[Tensor, "prompt item"]]:
+        """The metric that each call of `measure` asked for, once the walk is over."""
+        self._read()
+        places, values = (torch.cat(parts) for parts in zip(*self.done))
+        values = values[places.argsort()].view(-1, self.n).T
+        return list(values.split(self.asked, 1))
 
 
 @contextmanager
