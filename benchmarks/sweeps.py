@@ -31,7 +31,7 @@ NAMES = ["induction-2l", "pythia-70m", "gpt2", "smollm2-135m", "gemma3-270m"]
 OUT = Path("outputs/benchmarks")
 PROMPTS, TOKENS = 16, 35
 CHECKED = 4  # prompts of each seed that equality is checked on, for every ablation
-LONG = 120  # seconds
+LONG, SHORT = 120, 10  # seconds
 TOLERANCE = {"smollm2-135m": 1e-4, "gemma3-270m": 1e-4}  # nats; others 1e-5
 # torch operations that are multiply-adds; copies; the rest is elementwise, softmax and Python.
 MATMULS = ("aten::addmm", "aten::mm", "aten::bmm")
@@ -176,17 +176,18 @@ class Nnsight:
 # ---- measuring ----
 
 
-def seconds(run, repeats: int) -> list[float]:
-    """Wall-clock seconds of up to `repeats` calls, as many as start within LONG seconds.
+def in_turns(runs: list, repeats: int) -> list[list[float]]:
+    """Wall-clock seconds of each of `runs`, in turns, because a machine's speed drifts.
 
-    A call before them warms up; it counts where it is itself so long that there is nothing to warm.
+    Up to `repeats` turns, as many as start within LONG seconds, and more while all of them take less
+    than SHORT. A turn before them warms up; it counts where it is so long that there is nothing to warm.
     """
-    times = [timed(run)]
-    if times[0] < LONG / 10:
-        times = [timed(run)]
-    while len(times) < repeats and sum(times) < LONG:
-        times.append(timed(run))
-    return times
+    turns = [[timed(run) for run in runs]]
+    if sum(turns[0]) < LONG / 10:
+        turns = [[timed(run) for run in runs]]
+    while (spent := sum(map(sum, turns))) < LONG and (len(turns) < repeats or spent < SHORT):
+        turns.append([timed(run) for run in runs])
+    return [list(times) for times in zip(*turns)]
 
 
 def timed(run) -> float:
@@ -280,22 +281,23 @@ class Bench:
             raise SystemExit(f"{self.name}: a sweep differs from the loop by {difference:.1e} nats; limit {limit:.0e}")
         return difference
 
-    def each_head(self, run) -> list[float]:
-        """Time of all heads from several rounds over the sampled ones."""
-        rounds = seconds(lambda: [run(layer, head) for layer, head in self.heads], max(1, self.repeats // 3))
-        return [t * len(self.all_heads) / len(self.heads) for t in rounds]
+    def against(self, loop, ours) -> tuple[list[float], list[float]]:
+        """Times of `loop`, which runs the sampled heads, scaled to all of them, and of `ours`."""
+        slow, fast = in_turns([loop, ours], self.repeats)
+        return [t * len(self.all_heads) / len(self.heads) for t in slow], fast
 
     def ablations(self):
         difference = self.ablation_equality()
         (tokens, _), metric = self.prompts(0)
         new, _ = replacements(self.model, tokens, "zero", 0)
         ours = partial(interventions.ablate_heads, self.model, tokens, metric)
-        loop = self.each_head(partial(ablate_one, self.model, tokens, metric, "zero", new, []))
-        times = seconds(ours, self.repeats)
+        times = self.against(
+            lambda: [ablate_one(self.model, tokens, metric, "zero", new, [], *head) for head in self.heads], ours
+        )
         more = self.memory(ours, tokens) | time_shares(ours)
-        self.pair("ablate, all positions", loop, times, bound(self.model, False), difference, **more)
+        self.pair("ablate, all positions", *times, bound(self.model, False), difference, **more)
         if find_spec("nnsight"):
-            self.nnsight(tokens, metric, statistics.median(times))
+            self.nnsight(tokens, metric)
 
     def memory(self, ours, tokens) -> dict[str, float]:
         def forward():
@@ -311,7 +313,7 @@ class Bench:
         self.row(sweep, "ours", times, speedup=speedup, bound=most, time_over_bound=most / speedup,
                  max_difference_nats=difference, **more)  # fmt: skip
 
-    def nnsight(self, tokens, metric, ours):
+    def nnsight(self, tokens, metric):
         if not self.random and self.name != "induction-2l":
             return
         # A model of its own, because nnsight leaves its wrappers in the one it is given.
@@ -323,10 +325,13 @@ class Bench:
         for layer, head in self.heads:
             theirs = other.ablate(tokens, metric, d_head, layer, head) - baseline
             worst = max(worst, float((effects[:, layer, head] - theirs).abs().max()))
-        times = self.each_head(partial(other.ablate, tokens, metric, d_head))
+        loop, ours = self.against(
+            lambda: [other.ablate(tokens, metric, d_head, *head) for head in self.heads],
+            partial(interventions.ablate_heads, self.model, tokens, metric),
+        )
+        faster = statistics.median(loop) / statistics.median(ours)
         # Not folded there, so that rounding differs more.
-        self.row("ablate, all positions", "nnsight", times, ours_is_faster=statistics.median(times) / ours,
-                 max_difference_nats=worst)  # fmt: skip
+        self.row("ablate, all positions", "nnsight", loop, ours_is_faster=faster, max_difference_nats=worst)
 
     def patches(self, sweep, theirs, position):
         (corrupted, clean), metric = self.prompts(0)
@@ -337,9 +342,7 @@ class Bench:
         layers, heads = zip(*self.heads)
         loop = partial(theirs, self.model, corrupted, cache, metric, self.heads)
         difference = self.accept(float((ours().mean(0)[layers, heads] - (loop().flatten() - baseline)).abs().max()))
-        scale = len(self.all_heads) / len(self.heads)
-        slow = [t * scale for t in seconds(loop, max(1, self.repeats // 3))]
-        self.pair(sweep, slow, seconds(ours, self.repeats), bound(self.model, position == "last"), difference)
+        self.pair(sweep, *self.against(loop, ours), bound(self.model, position == "last"), difference)
 
     def run(self) -> list[dict]:
         self.ablations()

@@ -5,6 +5,7 @@ engine of `helpers.sweep`, and equal running the whole model once for each edit.
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -103,9 +104,7 @@ def ablate_heads(
     at = _resolve(position, tokens, metric)
     with sweeping(model, tokens, metric, first=_first(at), frozen=how == ABLATIONS[3], budget=budget) as sweep:
         for layer in sweep.layers():
-            z = layer.seen["z"]
-            edit = _z_edit(sweep, layer, _replacement(z, how, seed))
-            _each_head(sweep, layer, z, at, edit, sweep.attention_ends_block)
+            _replace_z(sweep, layer, _replacement(layer.seen["z"], how, seed), at)
         return _stack(sweep, model.cfg.n_heads, at, tokens.shape[1])
 
 
@@ -185,10 +184,8 @@ def patch_heads(
     at = _resolve(position, corrupted, metric)
     with _patching(model, corrupted, clean, metric, at, budget) as sweep:
         for layer in sweep.layers(**{} if what == "z" else {what: _PARTS[what]}):
-            tensor, n = _by_head(layer.seen[what], what, model.cfg.d_head), sweep.n
-            edit = _z_edit(sweep, layer, tensor[n:]) if what == "z" else _part_edit(sweep, layer, what, tensor[n:])
-            _each_head(sweep, layer, tensor, at, edit, what == "z" and sweep.attention_ends_block)
-        return _stack(sweep, tensor.shape[2], at, corrupted.shape[1])
+            n_heads = _patch_layer(sweep, layer, what, at)
+        return _stack(sweep, n_heads, at, corrupted.shape[1])
 
 
 def patch_resid(
@@ -209,8 +206,7 @@ def patch_resid(
     _check_part(what, ("resid", "attn") if model.cfg.attn_only else ("resid", "attn", "mlp"))
     with _patching(model, corrupted, clean, metric, None, budget) as sweep:
         for layer in sweep.layers(**{"mlp": "hook_mlp_out"} if what == "mlp" else {}):
-            tensor = layer.resid if what == "resid" else layer.seen[what]
-            _each_head(sweep, layer, tensor[:, :, None], "each", _resid_edit(sweep, layer, what, tensor))
+            _patch_streams(sweep, layer, what)
         return _stack(sweep, 1, "each", corrupted.shape[1]).squeeze(2)
 
 
@@ -243,7 +239,8 @@ def patch_edges(
         senders = []
         for layer in sweep.layers():
             if layer.index < receiver[0]:
-                senders.append(layer)
+                senders.append(replace(layer, resid=layer.resid[:0], out=layer.out[:0]))
+                sweep.kept += 2 * layer.seen["z"].flatten(2).numel()
             elif layer.index == receiver[0]:
                 n_readers = sweep.n_heads if through == "q" else groups
                 edit = _edge_edit(sweep, senders, layer, receiver[1] * n_readers // sweep.n_heads, n_readers, through)
@@ -288,6 +285,25 @@ def _patching(model, corrupted, clean, metric, at, budget) -> AbstractContextMan
 
 
 # ---- edits: from which items, at which positions, in which rows, to streams that leave the block ----
+
+
+def _replace_z(sweep, layer, new, at):
+    _each_head(sweep, layer, layer.seen["z"], at, _z_edit(sweep, layer, new), sweep.attention_ends_block)
+
+
+def _patch_layer(sweep, layer, what, at):
+    """Ask for one part of every head of a layer, and say how many heads have one of their own."""
+    tensor, n = _by_head(layer.seen[what], what, sweep.model.cfg.d_head), sweep.n
+    if what == "z":
+        _replace_z(sweep, layer, tensor[n:], at)
+    else:
+        _each_head(sweep, layer, tensor, at, _part_edit(sweep, layer, what, tensor[n:]))
+    return tensor.shape[2]
+
+
+def _patch_streams(sweep, layer, what):
+    tensor = layer.resid if what == "resid" else layer.seen[what]
+    _each_head(sweep, layer, tensor[:, :, None], "each", _resid_edit(sweep, layer, what, tensor))
 
 
 def _z_edit(sweep, layer, new):
@@ -435,7 +451,8 @@ def _chosen(at, tensor):
 def _each_head(sweep, layer, tensor, at, edit, light=False):
     """Measure `edit(heads, at, rows)`, `at` counting positions from the end, None for all; `light` runs no block."""
     length, n_heads = tensor.shape[1:3]
-    width = 5 * length * sweep.model.cfg.d_model if light else sweep.width(layer.index)
+    stream = length * sweep.model.cfg.d_model
+    width = 5 * stream if light else 2 * stream + sweep.width(layer.index)
     if at == "each":
         n_items, each = n_heads * length, lambda i, rows: edit(i // length, i % length - length, rows)
     else:

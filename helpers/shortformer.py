@@ -44,10 +44,11 @@ class ShortformerAttention(NativeAttention):
         return self.o(z.transpose(1, 2).reshape(batch, seq, -1)), pattern
 
     def few_queries(self, hidden: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
-        """Output at the last `n` positions."""
+        """Output at the last `n` positions, by the operations of `forward`."""
         seq = hidden.shape[1]
         positioned = hidden + self._pos[0](torch.arange(seq, device=hidden.device))
-        inputs = (self.q, positioned[:, -n:]), (self.k, positioned), (self.v, hidden)
+        # Contiguous, because a linear map rounds differently on a slice.
+        inputs = (self.q, positioned[:, -n:].contiguous()), (self.k, positioned), (self.v, hidden)
         q, k, v = (linear(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for linear, x in inputs)
         return self.o((self._pattern(q, k, None) @ v).transpose(1, 2).flatten(2))
 
@@ -73,7 +74,7 @@ class ShortformerBlock(NativeBlock):
         return (hidden_states + self.attn(self.ln1(hidden_states), **kwargs)[0],)
 
     def few_queries(self, resid: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
-        """Residual streams after the block at the last `n` positions; see `ShortformerAttention.few_queries`."""
+        """Residual streams after the block at the last `n` positions."""
         return resid[:, -n:] + self.attn.few_queries(self.ln1(resid), n)
 
 

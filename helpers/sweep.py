@@ -161,6 +161,7 @@ class Sweep:
         self.waiting: list[Batch] = []  # to enter the block that the walk comes to next
         self.unread: list[Batch] = []  # through the last block, at the positions that are read
         self.done: list[tuple[Tensor, Values]] = []  # places and values
+        self.kept = 0  # numbers that the caller keeps of layers below
         self._prepare(frozen)
 
     # What the model itself hands to its blocks, learnt from one prompt, fits any batch.
@@ -209,7 +210,7 @@ class Sweep:
             hook = (self.blocks[layer].attn.hook_pattern, lambda *call, patterns=patterns: patterns.append(call[2]))
             with _hooked([hook] if frozen else []):
                 keep = keep if self.first else None
-                resid = _cat([_stopped(self._call, layer, part, keep) for part in self._parts(resid)])
+                resid = _cat([_stopped(self._call, layer, part, keep) for part, _ in self._parts(layer, resid)])
             if self.first:
                 self.past.append([torch.cat(pair) for pair in zip(*past)])
             if frozen:
@@ -231,16 +232,21 @@ class Sweep:
         cfg, length = self.model.cfg, self.length - self.first
         if layer == self.n_layers:
             return 0
-        block = 5 * cfg.d_model  # of the last block, only keys and values are wanted at most positions
+        # GELU written out in elementary steps, as GPT-2's is, holds five of its inputs.
+        widths = 4 if cfg.gated_mlp else 5 if cfg.act_fn == "gelu_new" else 2
+        mlp = 0 if cfg.attn_only else widths * cfg.d_mlp
+        copies = 2 if cfg.positional_embedding_type == "rotary" else 1  # before and after rotation
+        whole = 4 * cfg.d_model + max(mlp, copies * self._qkv() + 5 * cfg.n_heads * self.length)
         if layer < self.n_layers - 1 or self.cut == self.first:
-            # GELU written out in elementary steps, as GPT-2's is, holds five of its inputs.
-            widths = 4 if cfg.gated_mlp else 5 if cfg.act_fn == "gelu_new" else 2
-            mlp = 0 if cfg.attn_only else widths * cfg.d_mlp
-            attention = 2 * self._qkv() + 5 * cfg.n_heads * self.length
-            block = 4 * cfg.d_model + max(mlp, attention)
+            block = length * whole
+        else:  # at most positions of the last block only keys and values are wanted
+            block = length * 5 * cfg.d_model + (self.length - self.cut) * whole
         past = 4 * self.first * (self._qkv() - cfg.d_head * cfg.n_heads)
         frozen = 2 * cfg.n_heads * self.length * length if self.patterns else 0
-        return length * block + past + frozen
+        return block + past + frozen
+
+    def _read_width(self):
+        return len(self.read_at) * (3 * self.model.cfg.d_model + 2 * self.model.cfg.d_vocab)
 
     def _fit(self, width: int) -> int:
         """How many rows of this width fit beside what is held."""
@@ -248,12 +254,13 @@ class Sweep:
         held = len(self.tokens) * (self.length + 5 * (self.length - self.first)) * self.model.cfg.d_model
         held += sum(x.numel() for x in self.patterns) + sum(x.numel() for pair in self.past for x in pair)
         # Rows that wait are held twice while they are joined.
-        held += 2 * sum(batch.resid.numel() for batch in self.waiting + self.unread)
+        held += self.kept + 2 * sum(batch.resid.numel() for batch in self.waiting + self.unread)
         return max(1, int((self.budget / 4 - held) / width))
 
-    def _parts(self, resid):
-        """Prompts of the unedited run, as many at a time as one plain forward pass takes."""
-        return resid.split(self.n)
+    def _parts(self, layer: int, resid) -> Iterator[tuple[Tensor, Rows]]:
+        """Prompts of the unedited run and which they are, as many at a time as fit or are measured."""
+        size = min(self.n, self._fit(self.width(layer)))
+        return zip(resid.split(size), self.everyone.split(size))
 
     # Running upwards.
 
@@ -313,9 +320,7 @@ class Sweep:
         with _instead(queries, nothing):
             return _stopped(self.block, layer, resid, rows, hooks, stop)
 
-    def through(
-        self, layer: int, resid: Resid, rows: Rows, hooks: Hooks = ()
-    ) -> Float[Tensor, "row out_pos d_model"]:
+    def through(self, layer: int, resid: Resid, rows: Rows, hooks: Hooks = ()) -> Float[Tensor, "row out_pos d_model"]:
         """Residual streams after a block; after the last one as `last_block` gives them."""
         return (self.last_block if layer == self.n_layers - 1 else self.block)(layer, resid, rows, hooks)
 
@@ -345,7 +350,8 @@ class Sweep:
     def layers(self, **record: str) -> Iterator[Layer]:
         """Walk up the unedited model; afterwards `baseline` holds its metric.
 
-        `record` maps names in `Layer.seen` to the modules of a block to keep the output of.
+        `record` maps names in `Layer.seen` to the modules of a block to keep the output of. A layer is
+        emptied before the next one comes.
         """
         resid = self.embed[:, self.first :]
         for index in progress(range(self.n_layers), "layers"):
@@ -353,12 +359,12 @@ class Sweep:
             layer = self._layer(index, resid, record)
             yield layer
             resid = layer.out
-        logits = self._logits(resid[: self.n, self.read_at])
-        self._follows(logits[:1])
-        self.baseline = self.metric.of(logits, self.everyone[: self.n])
+            # Whoever still has the layer shall not hold its tensors while the next one is computed.
+            layer.resid = layer.out = layer.seen = None
+        self.baseline = self._measure_unedited(resid)
 
     def _layer(self, index, resid, record):
-        block, seen = self.blocks[index], {name: [] for name in ("z", "attn", *record)}
+        block, seen = self.blocks[index], {name: [] for name in ("out", "z", "attn", *record)}
 
         def keep_z(_, args, out):
             seen["z"].append(args[0].unflatten(2, (self.n_heads, -1)))
@@ -366,13 +372,23 @@ class Sweep:
 
         def keep(name):
             # Of keys and values of the last block the first call has all positions.
-            return lambda _, __, out: None if len(seen[name]) == len(outs) + 1 else seen[name].append(out)
+            return lambda _, __, out: None if len(seen[name]) > len(seen["out"]) else seen[name].append(out)
 
         hooks = [(block.attn.o, keep_z), *((block.get_submodule(path), keep(name)) for name, path in record.items())]
-        outs = []
-        for part, rows in zip(self._parts(resid), self._parts(self.everyone)):
-            outs.append(self.through(index, part, rows, hooks))
-        return Layer(index, resid, _cat(outs), {name: _cat(parts) for name, parts in seen.items()})
+        for part, rows in self._parts(index, resid):
+            seen["out"].append(self.through(index, part, rows, hooks))
+        # One after the other, so that no more than one is there twice.
+        seen = {name: _cat(seen.pop(name)) for name in list(seen)}
+        return Layer(index, resid, seen.pop("out"), seen)
+
+    def _measure_unedited(self, resid):
+        values = []
+        for rows in self.everyone[: self.n].split(self._fit(self._read_width())):
+            logits = self._logits(resid[rows][:, self.read_at])
+            if not values:
+                self._follows(logits[:1])
+            values.append(self.metric.of(logits, rows))
+        return torch.cat(values)
 
     def _follows(self, ours):
         """Refuse a model that does more than blocks, final norm and unembedding."""
@@ -419,7 +435,7 @@ class Sweep:
 
     def _read(self, full=False):
         """Measure the rows that are through; if `full`, only when they are as many as fit."""
-        size = self._fit(len(self.read_at) * (self.model.cfg.d_model + 2 * self.model.cfg.d_vocab))
+        size = self._fit(self._read_width())
         if sum(len(batch.rows) for batch in self.unread) < (size if full else 1):
             return
         batch, self.unread = _joined(self.unread), []
