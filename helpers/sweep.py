@@ -26,6 +26,9 @@ Tokens = Int[Tensor, "prompt pos"]
 Rows = Int[Tensor, "row"]  # which prompt each row of a batch is
 Resid = Float[Tensor, "row pos d_model"]
 Values = Float[Tensor, "row"]
+# Bytes of working set beyond which blocks, or the unembedding, gain nothing from more rows at once:
+# the tensors leave the caches, and the system has to find new pages for them.
+ENOUGH, ENOUGH_READ = 64 * 2**20, 512 * 2**20
 Hooks = Sequence[tuple[nn.Module, Callable]]  # modules and torch forward hooks
 
 
@@ -175,8 +178,9 @@ class Sweep:
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
-            logits = self.model(prompt, past_key_values=cache)
-        return seen, logits
+            few = self.model.unembed.register_forward_pre_hook(lambda _, args: args[0][:, self.read_at])
+            stack.callback(few.remove)
+            return seen, self.model(prompt, past_key_values=cache)
 
     def _learn_suffix(self, start):
         """Learn to run from position `start` on."""
@@ -195,14 +199,14 @@ class Sweep:
         return out[0] if isinstance(out, tuple) else out
 
     def _prepare(self, frozen):
-        """Walk up once for the keys and values before `first`, or for the patterns to freeze."""
+        """Walk up once for the keys and values that edited rows have before `first`, or for patterns to freeze."""
         self.past, self.patterns = [], []
         resid = self.embed = self.model(self.tokens, stop_at_layer=0)
         for layer in range(self.n_layers if self.first or frozen else 0):
             past, patterns = [], []
 
             def keep(*new, past=past, last=layer == self.n_layers - 1):
-                past.append([x[:, :, : self.first] for x in new])
+                past.append(new)
                 if last and not frozen:
                     raise _Stop(new[0])  # nothing else of the last block is wanted
                 return new
@@ -245,21 +249,26 @@ class Sweep:
         frozen = 2 * cfg.n_heads * self.length * length if self.patterns else 0
         return block + past + frozen
 
-    def _read_width(self):
-        return len(self.read_at) * (3 * self.model.cfg.d_model + 2 * self.model.cfg.d_vocab)
+    def _rows(self, layer: int, width: int = 0) -> int:
+        """How many rows to run at once through block `layer`, or through an edit that is wider."""
+        return self._fit(max(width, self.width(layer)), ENOUGH)
 
-    def _fit(self, width: int) -> int:
-        """How many rows of this width fit beside what is held."""
+    def _read_rows(self):
+        width = 3 * self.model.cfg.d_model + 2 * self.model.cfg.d_vocab
+        return self._fit(len(self.read_at) * width, ENOUGH_READ)
+
+    def _fit(self, width, most):
+        """How many rows of this width fit beside what is held, in `most` bytes."""
         # The embeddings, and of the layer at hand what enters and leaves it, z, attention's output, and an edit.
         held = len(self.tokens) * (self.length + 5 * (self.length - self.first)) * self.model.cfg.d_model
         held += sum(x.numel() for x in self.patterns) + sum(x.numel() for pair in self.past for x in pair)
         # Rows that wait are held twice while they are joined.
         held += self.kept + 2 * sum(batch.resid.numel() for batch in self.waiting + self.unread)
-        return max(1, int((self.budget / 4 - held) / width))
+        return max(1, int(min(self.budget / 4 - held, most / 4) / width))
 
     def _parts(self, layer: int, resid) -> Iterator[tuple[Tensor, Rows]]:
         """Prompts of the unedited run and which they are, as many at a time as fit or are measured."""
-        size = min(self.n, self._fit(self.width(layer)))
+        size = min(self.n, self._rows(layer))
         return zip(resid.split(size), self.everyone.split(size))
 
     # Running upwards.
@@ -268,8 +277,14 @@ class Sweep:
         """What gives a block the clean keys and values before `first`; None where there are none."""
         if not self.first:
             return None
-        past = [x.index_select(0, rows) for x in self.past[layer]]
-        return lambda *new: [torch.cat(pair, 2) for pair in zip(past, new)]
+
+        def join(*new):
+            joined = [x.index_select(0, rows) for x in self.past[layer]]
+            for whole, late in zip(joined, new):
+                whole[:, :, self.first :] = late
+            return joined
+
+        return join
 
     def block(self, layer: int, resid: Resid, rows: Rows, hooks: Hooks = (), function=None) -> Resid:
         """Residual streams after one block."""
@@ -304,9 +319,10 @@ class Sweep:
 
     def _few_queries(self, hooks):
         """The last block's own way to run a few positions, where it has one and nothing but z is watched or changed."""
+        if self.few_queries is None or self.first or self.patterns:
+            return None
         watched = {module for module, _ in hooks} | self.watched
-        others = self.first or self.patterns or watched - set(self.blocks[-1].attn.o.modules())
-        return None if others else self.few_queries
+        return self.few_queries if watched <= set(self.blocks[-1].attn.o.modules()) else None
 
     def _keys_values(self, layer, resid, rows, hooks):
         """Keys and values of a block at all positions, without queries or what follows them."""
@@ -383,7 +399,7 @@ class Sweep:
 
     def _measure_unedited(self, resid):
         values = []
-        for rows in self.everyone[: self.n].split(self._fit(self._read_width())):
+        for rows in self.everyone[: self.n].split(self._read_rows()):
             logits = self._logits(resid[rows][:, self.read_at])
             if not values:
                 self._follows(logits[:1])
@@ -392,8 +408,7 @@ class Sweep:
 
     def _follows(self, ours):
         """Refuse a model that does more than blocks, final norm and unembedding."""
-        theirs = self.logits[:, self.read_at]
-        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        error = float((ours - self.logits).abs().max() / self.logits.abs().max())
         if error > 1e-3:
             raise RuntimeError(f"sweeps do not follow {self.model.cfg.architecture}: logits differ by {error:.1e}")
 
@@ -404,7 +419,8 @@ class Sweep:
         """
         pairs = torch.arange(n_items * self.n, device=self.tokens.device)
         start = self.n * sum(self.asked)
-        for part in pairs.tensor_split(-(-len(pairs) // self._fit(max(width, self.width(layer + 1))))):
+        n_parts = -(-len(pairs) // self._rows(layer + 1, width))
+        for part in pairs.tensor_split(n_parts) if n_parts else ():
             items, rows = part // self.n, part % self.n
             batch = Batch(edit(items, rows), rows, start + part)
             waiting = sum(other.resid.numel() for other in [*self.waiting, batch])
@@ -428,14 +444,14 @@ class Sweep:
         """Let the rows that wait pass block `index`, so that those edited there can join them."""
         if not self.waiting:
             return
-        size = self._fit(self.width(index))
+        size = self._rows(index)
         batch, self.waiting = _joined(self.waiting), []
         for part in batch.chunks(size):
             self._up(part, index, index + 1)
 
     def _read(self, full=False):
         """Measure the rows that are through; if `full`, only when they are as many as fit."""
-        size = self._fit(self._read_width())
+        size = self._read_rows()
         if sum(len(batch.rows) for batch in self.unread) < (size if full else 1):
             return
         batch, self.unread = _joined(self.unread), []
@@ -445,7 +461,8 @@ class Sweep:
     def values(self) -> list[Float[Tensor, "prompt item"]]:
         """The metric that each call of `measure` asked for, once the walk is over."""
         self._read()
-        places, values = (torch.cat(parts) for parts in zip(*self.done))
+        nothing = self.everyone[:0], self.baseline[:0]
+        places, values = (torch.cat(parts) for parts in zip(nothing, *self.done))
         values = values[places.argsort()].view(-1, self.n).T
         return list(values.split(self.asked, 1))
 
