@@ -29,6 +29,8 @@ from helpers.sweep import Metric
 
 NAMES = ["induction-2l", "pythia-70m", "gpt2", "smollm2-135m", "gemma3-270m"]
 OUT = Path("outputs/benchmarks")
+SWEEPS = ["ablate, all positions", "patch z, last position", "patch z, all positions"]
+LARGE = 10**8  # weights
 PROMPTS, TOKENS = 16, 35
 CHECKED = 4  # prompts of each seed that equality is checked on, for every ablation
 LONG, SHORT = 120, 10  # seconds
@@ -180,10 +182,10 @@ def in_turns(runs: list, repeats: int) -> list[list[float]]:
     """Wall-clock seconds of each of `runs`, in turns, because a machine's speed drifts.
 
     Up to `repeats` turns, as many as start within LONG seconds, and more while all of them take less
-    than SHORT. A turn before them warms up; it counts where it is so long that there is nothing to warm.
+    than SHORT. A turn before them warms up; it counts where it takes a third of LONG by itself.
     """
     turns = [[timed(run) for run in runs]]
-    if sum(turns[0]) < LONG / 10:
+    if sum(turns[0]) < LONG / 3:
         turns = [[timed(run) for run in runs]]
     while (spent := sum(map(sum, turns))) < LONG and (len(turns) < repeats or spent < SHORT):
         turns.append([timed(run) for run in runs])
@@ -295,7 +297,7 @@ class Bench:
             lambda: [ablate_one(self.model, tokens, metric, "zero", new, [], *head) for head in self.heads], ours
         )
         more = self.memory(ours, tokens) | time_shares(ours)
-        self.pair("ablate, all positions", *times, bound(self.model, False), difference, **more)
+        self.pair(SWEEPS[0], *times, bound(self.model, False), difference, **more)
         if find_spec("nnsight"):
             self.nnsight(tokens, metric)
 
@@ -331,7 +333,7 @@ class Bench:
         )
         faster = statistics.median(loop) / statistics.median(ours)
         # Not folded there, so that rounding differs more.
-        self.row("ablate, all positions", "nnsight", loop, ours_is_faster=faster, max_difference_nats=worst)
+        self.row(SWEEPS[0], "nnsight", loop, ours_is_faster=faster, max_difference_nats=worst)
 
     def patches(self, sweep, theirs, position):
         (corrupted, clean), metric = self.prompts(0)
@@ -344,12 +346,16 @@ class Bench:
         difference = self.accept(float((ours().mean(0)[layers, heads] - (loop().flatten() - baseline)).abs().max()))
         self.pair(sweep, *self.against(loop, ours), bound(self.model, position == "last"), difference)
 
-    def run(self) -> list[dict]:
-        self.ablations()
-        self.patches("patch z, last position", patch_last, "last")
-        if self.rows[1]["median_s"] < LONG / 10:  # costs what ablating does, and says the same
-            self.patches("patch z, all positions", patch_all, None)
-        return self.rows
+    def run(self, sweep: str) -> pd.DataFrame:
+        """The rows of one of SWEEPS; none for a large model's last one, which says what the first says."""
+        self.rows = []
+        if sweep == SWEEPS[0]:
+            self.ablations()
+        elif sweep == SWEEPS[1]:
+            self.patches(sweep, patch_last, "last")
+        elif sum(weight.numel() for weight in self.model.original_model.parameters()) < LARGE:
+            self.patches(sweep, patch_all, None)
+        return pd.DataFrame(self.rows)
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -412,10 +418,13 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sample", type=int, default=12, help="heads that the loops run and the check compares")
+    parser.add_argument("--sweeps", nargs="+", default=SWEEPS, choices=SWEEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name in arguments.models:
-        keep(pd.DataFrame(Bench(name, arguments.repeats, arguments.sample).run()), OUT / "sweeps.csv")
+        bench = Bench(name, arguments.repeats, arguments.sample)
+        for sweep in arguments.sweeps:
+            keep(bench.run(sweep), OUT / "sweeps.csv")
         models.load.cache_clear()
     table = pd.read_csv(OUT / "sweeps.csv")
     write_atomically(OUT / "sweeps.png", lambda path: figure(table).savefig(path, format="png"))
@@ -423,11 +432,14 @@ def main():
 
 
 def keep(rows: pd.DataFrame, path: Path) -> None:
-    """Put one model's rows in the table in place of its earlier ones: the large models take minutes each."""
+    """Put rows in the table in place of earlier ones of that model and sweep: the large models take minutes each."""
+    if rows.empty:
+        return
     if path.exists():
-        before = pd.read_csv(path)
-        rows = pd.concat([before[~before["model"].isin(rows["model"])], rows])
-    rows = rows.sort_values("model", key=lambda names: names.map(NAMES.index), kind="stable")
+        rows = pd.concat([pd.read_csv(path), rows])
+        rows = rows.drop_duplicates(["model", "sweep", "library"], keep="last")
+    order = {"model": NAMES, "sweep": SWEEPS}
+    rows = rows.sort_values(list(order), key=lambda column: column.map(order[column.name].index), kind="stable")
     write_atomically(path, lambda temporary: rows.to_csv(temporary, index=False))
 
 
