@@ -307,6 +307,7 @@ def test_any_budget_gives_the_same(tiny, architecture):
             close(effect, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [34, 18, 1])
 @pytest.mark.parametrize("sweep", ["zero", "pattern-preserving", "last position", "k", "pattern", "resid", "edges"])
 def test_memory_is_at_most_that_of_two_forward_passes(two_layers, sweep, first):
