@@ -1,6 +1,6 @@
 """Our sweeps beside the same edits made one head at a time with TransformerLens and nnsight.
 
-    python benchmarks/sweeps.py [--models NAME ...] [--repeats N] [--threads N] [--sample HEADS]
+    python benchmarks/sweeps.py [--models NAME ...] [--repeats N] [--threads N] [--sample HEADS] [--sweeps NAME ...]
 
 One process, one set of prompts, the same threads. Equality is checked before anything is timed.
 Writes outputs/benchmarks/sweeps.csv, .md and .png. Pythia-70M's and GPT-2's shapes have random

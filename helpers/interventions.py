@@ -240,7 +240,7 @@ def patch_edges(
         for layer in sweep.layers():
             if layer.index < receiver[0]:
                 senders.append(replace(layer, resid=layer.resid[:0], out=layer.out[:0]))
-                sweep.kept += 2 * layer.seen["z"].flatten(2).numel()
+                sweep.kept += 2 * layer.seen["z"].numel()
             elif layer.index == receiver[0]:
                 n_readers = sweep.n_heads if through == "q" else groups
                 edit = _edge_edit(sweep, senders, layer, receiver[1] * n_readers // sweep.n_heads, n_readers, through)

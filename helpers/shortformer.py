@@ -25,14 +25,7 @@ class ShortformerAttention(NativeAttention):
     def forward(
         self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, pattern_fn=None, **_
     ):
-        batch, seq, _ = hidden_states.shape
-        if position_ids is None:
-            position_ids = torch.arange(seq, device=hidden_states.device)[None]
-        positioned = hidden_states + self._pos[0](position_ids)
-        q, k, v = (
-            linear(x).view(batch, seq, self.n_heads, self.d_head).transpose(1, 2)
-            for linear, x in ((self.q, positioned), (self.k, positioned), (self.v, hidden_states))
-        )
+        q, k, v = self._project(hidden_states, position_ids, hidden_states.shape[1])
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer)
         if self.training and pattern_fn is attention_mask is past_key_values is None:
@@ -41,16 +34,21 @@ class ShortformerAttention(NativeAttention):
             pattern = self._pattern(q, k, attention_mask)
             pattern = pattern if pattern_fn is None else pattern_fn(pattern)
             z = pattern @ v
-        return self.o(z.transpose(1, 2).reshape(batch, seq, -1)), pattern
+        return self.o(z.transpose(1, 2).flatten(2)), pattern
 
     def few_queries(self, hidden: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
         """Output at the last `n` positions, by the operations of `forward`."""
-        seq = hidden.shape[1]
-        positioned = hidden + self._pos[0](torch.arange(seq, device=hidden.device))
+        q, k, v = self._project(hidden, None, n)
+        return self.o((self._pattern(q, k, None) @ v).transpose(1, 2).flatten(2))
+
+    def _project(self, hidden, position_ids, n):
+        """Keys and values at all positions and queries at the last `n`: [batch, head, pos, d_head]."""
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        positioned = hidden + self._pos[0](position_ids)
         # Contiguous, because a linear map rounds differently on a slice.
         inputs = (self.q, positioned[:, -n:].contiguous()), (self.k, positioned), (self.v, hidden)
-        q, k, v = (linear(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for linear, x in inputs)
-        return self.o((self._pattern(q, k, None) @ v).transpose(1, 2).flatten(2))
+        return (linear(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for linear, x in inputs)
 
     def _pattern(self, q, k, attention_mask):
         batch, _, seq, _ = q.shape

@@ -63,9 +63,14 @@ class Batch:
 
     def chunks(self, size: int) -> Iterator["Batch"]:
         """Parts of at most `size` rows, of nearly equal size."""
-        n = -(-len(self.rows) // size)
-        parts = (x.tensor_split(n) for x in (self.resid, self.rows, self.places))
+        parts = (_evenly(x, size) for x in (self.resid, self.rows, self.places))
         return (Batch(*part) for part in zip(*parts))
+
+
+def _evenly(tensor, size):
+    """Parts of at most `size` along the first axis; none of an empty tensor."""
+    n = -(-len(tensor) // size)
+    return tensor.tensor_split(n) if n else ()
 
 
 def _joined(batches):
@@ -216,7 +221,7 @@ class Sweep:
                 keep = keep if self.first else None
                 resid = _cat([_stopped(self._call, layer, part, keep) for part, _ in self._parts(layer, resid)])
             if self.first:
-                self.past.append([torch.cat(pair) for pair in zip(*past)])
+                self.past.append([_cat(parts) for parts in zip(*past)])
             if frozen:
                 self.patterns.append(_cat(patterns))
 
@@ -419,8 +424,7 @@ class Sweep:
         """
         pairs = torch.arange(n_items * self.n, device=self.tokens.device)
         start = self.n * sum(self.asked)
-        n_parts = -(-len(pairs) // self._rows(layer + 1, width))
-        for part in pairs.tensor_split(n_parts) if n_parts else ():
+        for part in _evenly(pairs, self._rows(layer + 1, width)):
             items, rows = part // self.n, part % self.n
             batch = Batch(edit(items, rows), rows, start + part)
             waiting = sum(other.resid.numel() for other in [*self.waiting, batch])
