@@ -319,7 +319,7 @@ class Bench:
         if not self.random and self.name != "induction-2l":
             return
         # A model of its own, because nnsight leaves its wrappers in the one it is given.
-        module = random_model(self.name) if self.random else models.load.__wrapped__(self.name).original_model
+        module = random_model(self.name) if self.random else models.read(self.name).original_model
         other, d_head = Nnsight(self.name, module), self.model.cfg.d_head
         effects = interventions.ablate_heads(self.model, tokens, metric)
         baseline = interventions.evaluate(self.model, tokens, metric)
@@ -425,7 +425,6 @@ def main():
         bench = Bench(name, arguments.repeats, arguments.sample)
         for sweep in arguments.sweeps:
             keep(bench.run(sweep), OUT / "sweeps.csv")
-        models.load.cache_clear()
     table = pd.read_csv(OUT / "sweeps.csv")
     write_atomically(OUT / "sweeps.png", lambda path: figure(table).savefig(path, format="png"))
     write_text(OUT / "sweeps.md", page(table))

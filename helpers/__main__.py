@@ -1,10 +1,10 @@
-"""Command line: python -m helpers run | report | models | workshop | html | train."""
+"""Command line: python -m helpers run | report | workshop | html | train."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from helpers.catalog import DEFAULT_MODEL, model_states
+from helpers.catalog import DEFAULT_MODEL
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,8 +21,6 @@ def _parser() -> argparse.ArgumentParser:
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter of the notebooks; may be repeated",
     )  # fmt: skip
-
-    commands.add_parser("models", help="list the models and whether each is ready on this machine")
 
     workshop = commands.add_parser("workshop", help="write student and solution editions of the notebooks")
     workshop.add_argument("--out", type=Path, default=Path("workshop"), metavar="DIR", help="default: workshop")
@@ -54,13 +52,6 @@ def _run(arguments) -> int:
         print(f"{label} failed at {error}", file=sys.stderr)
     print(f"{len(jobs) - len(errors)} of {len(jobs)} notebooks done; see {arguments.out}/<model>/report.md")
     return 1 if errors else 0
-
-
-def _models(_) -> int:
-    for name, state, needs, summary in model_states():
-        print(f"{name:20}  {state:14}  {needs:42}  {summary}")
-    print("A folder with a Hugging Face model, and any hub id written owner/name, work too.")
-    return 0
 
 
 def _workshop(arguments) -> int:
@@ -98,7 +89,7 @@ def _train(arguments) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "report": _report, "models": _models, "workshop": _workshop, "html": _html, "train": _train}
+COMMANDS = {"run": _run, "report": _report, "workshop": _workshop, "html": _html, "train": _train}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -342,14 +342,6 @@ def test_a_hook_on_keys_of_the_last_block_is_not_passed_by(tiny):
         assert (ablate_heads(model, prompts.tokens, metric) - plain).abs().max() > 1e-2
 
 
-def test_few_queries_equal_the_whole_block(two_layers):
-    block = two_layers.blocks[1].original_component
-    resid = torch.randn(3, 20, two_layers.cfg.d_model, generator=torch.Generator().manual_seed(0))
-    for n in (1, 2, 20):
-        whole = block(resid)[0][:, -n:]
-        assert (block.few_queries(resid, n) - whole).abs().max() < 1e-5 * whole.abs().max()
-
-
 def test_bad_input_names_the_value(tiny):
     model, prompts = tiny("gpt2"), batch()
     tokens, metric = prompts.tokens, answer_loss(prompts)
