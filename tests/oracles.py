@@ -6,9 +6,11 @@ Tests and benchmarks hold the sweeps to these loops; nothing here is fast, and n
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.profiler import profile
+from transformer_lens import patching
 
 from helpers.interventions import derangement
 
@@ -87,6 +89,29 @@ def stream_loop(model, corrupted, clean, metric, name) -> Tensor:
 
     shape = model.cfg.n_layers, corrupted.shape[1]
     return loop(model, corrupted, metric, name, edit, everywhere(shape), shape)
+
+
+def library_patch(model, corrupted, clean, metric, heads: list, last_only: bool):
+    """A function that patches z of heads one at a time by TransformerLens's `patching` module: mean metrics [head]."""
+    where = pd.DataFrame(heads, columns=["layer", "head"])
+    setter = patching.layer_head_vector_patch_setter
+    if last_only:
+        where.insert(1, "pos", corrupted.shape[1] - 1)
+        setter = patching.layer_pos_head_vector_patch_setter
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean, names_filter=lambda name: name.endswith("hook_z"))
+    read, everyone = [p % corrupted.shape[1] for p in metric.positions], torch.arange(len(corrupted))
+
+    def mean_metric(logits):
+        return metric.of(logits[:, read], everyone).mean()
+
+    def run():
+        with torch.no_grad():
+            return patching.generic_activation_patch(
+                model, corrupted, cache, mean_metric, setter, "z", index_df=where, verbose=False
+            )  # fmt: skip
+
+    return run
 
 
 def peak_bytes(run) -> int:
