@@ -4,15 +4,17 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+# One thread a worker, kernels included; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("helpers", "beartype.beartype")
+install_import_hook(["helpers", "tools"], "beartype.beartype")
 
 import pytest
 import torch
 
-from helpers import models
+from helpers import catalog, models
 
 SHORTFORMER = dict(d_model=32, n_layers=2, n_heads=4, d_head=8, n_ctx=64, d_vocab=50, shortformer_pos=True)
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
@@ -99,6 +101,21 @@ def tiny(model_folder):
 
     made = {}
     return make
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory):
+    """executed(path) -> folder of the outputs, and errors, of a notebook executed with its exercises examined."""
+    from examination import execute
+
+    done = {}
+
+    def once(path):
+        if path not in done:
+            done[path] = execute(path, tmp_path_factory.mktemp(path.stem), catalog.DEFAULT_MODEL)
+        return done[path]
+
+    return once
 
 
 @pytest.fixture(scope="session")

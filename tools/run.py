@@ -1,22 +1,62 @@
-"""Run the notebooks, keep their outputs, and gather them into one report per model."""
+"""Execute the notebooks, each in a kernel of its own, and keep what they made."""
 
+import argparse
 import ast
+import asyncio
 import json
 import os
-import shutil
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
+import tempfile
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from importlib.util import find_spec
 from pathlib import Path
 
-import pandas as pd
+import nbformat
+from jupyter_client import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+from tqdm import tqdm
 
-from helpers.catalog import resolve
-from helpers.results import as_text, markdown_table, read_summaries, write_text
+from helpers.catalog import DEFAULT_MODEL, resolve
+from helpers.results import write_text
+from tools.report import write_report
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+# The runner sets these itself.
+OWN_PARAMETERS = ("model_name", "output_dir")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help="names, folders or hub ids")
+    parser.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers or names; all by default")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+    parser.add_argument("--small", action="store_true", help="smaller batches, for models that are large for a CPU")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
+    parser.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a parameter of the notebooks; may be repeated",
+    )  # fmt: skip
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
+    notebooks = find_notebooks(arguments.notebooks)
+    for model in arguments.model if find_spec("tools.convert") else []:
+        from tools.convert import ensure
+
+        ensure(model)
+    jobs = plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters), arguments.small)
+    errors = run(jobs, arguments.jobs)
+    for label, error in errors.items():
+        print(f"{label} failed at {error}", file=sys.stderr)
+    print(f"{len(jobs) - len(errors)} of {len(jobs)} notebooks done; see {arguments.out}/<model>/report.md")
+    return 1 if errors else 0
+
+
+# ---- plan ----
 
 
 @dataclass(frozen=True)
@@ -38,7 +78,7 @@ class Job:
 
 
 def find_notebooks(wanted: list[str] | None = None, folder: Path = NOTEBOOKS) -> list[Path]:
-    """Notebooks by number or by name, in order; all of them by default.
+    """Notebooks by number or by name, each once; all of them, in order, by default.
 
     Raises:
         ValueError: a number or name matches no notebook, or there are none.
@@ -52,25 +92,31 @@ def find_notebooks(wanted: list[str] | None = None, folder: Path = NOTEBOOKS) ->
         if not matches:
             raise ValueError(f"no notebook {name!r}; there are {', '.join(path.stem for path in present)}")
         chosen += matches
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
-def check_parameters(notebook: Path, values: dict[str, str]) -> dict:
-    """The values as the types of the notebook's own parameters; papermill itself would only warn.
+def read_notebook(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def parameters_cell(notebook: NotebookNode) -> int:
+    """The index of the cell tagged `parameters`."""
+    return next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+
+
+def check_parameters(path: Path, values: dict[str, str]) -> dict:
+    """The values as the types of the notebook's own parameters.
 
     Raises:
         ValueError: the notebook has no such parameter, or the value is not of its type.
     """
-    import papermill
-
-    known = papermill.inspect_notebook(str(notebook))
-    checked = {}
-    for name, text in values.items():
-        if name not in known or name in ("model_name", "output_dir"):
-            settable = [k for k in known if k not in ("model_name", "output_dir")]
-            raise ValueError(f"{notebook.stem} has no parameter {name!r} to set; it has {', '.join(settable)}")
-        checked[name] = _as_type_of(ast.literal_eval(known[name]["default"]), text, name)
-    return checked
+    notebook = read_notebook(path)
+    statements = ast.parse(notebook.cells[parameters_cell(notebook)].source).body
+    known = {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
+    settable = {name: default for name, default in known.items() if name not in OWN_PARAMETERS}
+    for name in values.keys() - settable.keys():
+        raise ValueError(f"{path.stem} has no parameter {name!r} to set; it has {', '.join(settable)}")
+    return {name: _as_type_of(settable[name], text, name) for name, text in values.items()}
 
 
 def _as_type_of(default, text: str, name: str):
@@ -95,14 +141,16 @@ def plan(
     With `small`, sizes are those of `notebooks/small.json`, for models that are large for a CPU.
     """
     sizes = json.loads((NOTEBOOKS / "small.json").read_text()) if small else {}
+    checked = {path: sizes.get(path.stem, {}) | check_parameters(path, parameters) for path in notebooks}
     jobs = []
     for model in models:
         is_path = resolve(model).kind in ("folder", "nanogpt")
         name = str(Path(model).expanduser().resolve()) if is_path else model
-        for path in notebooks:
-            checked = sizes.get(path.stem, {}) | check_parameters(path, parameters)
-            jobs.append(Job(path, name, checked, out.resolve()))
+        jobs += [Job(path, name, checked[path], out.resolve()) for path in notebooks]
     return jobs
+
+
+# ---- run ----
 
 
 def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
@@ -111,114 +159,92 @@ def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
     A notebook works in a staging folder beside the outputs. What it made is moved into place
     when it has finished, so an interrupted or failed run leaves the earlier results alone.
     """
-    staging = jobs[0].out / f".staging-{os.getpid()}"
-    if n_parallel > 1:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
-    try:
-        # Processes, because papermill changes the working folder of the whole process.
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(n_parallel, mp_context=spawn, initializer=_end_with_parent) as pool:
-            errors = list(pool.map(_run_job, jobs, [staging] * len(jobs)))
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    out = jobs[0].out
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".staging-", ignore_cleanup_errors=True) as staging:
+        errors = asyncio.run(_run_all(jobs, n_parallel, Path(staging)))
     for model_folder in {job.folder for job in jobs}:
         write_report(model_folder)
     return {job.label: error for job, error in zip(jobs, errors) if error}
 
 
-def _end_with_parent() -> None:
-    """A killed run would otherwise leave its notebooks running; their kernels end with this process."""
+async def _run_all(jobs: list[Job], n_parallel: int, staging: Path) -> list[str | None]:
+    places = asyncio.Semaphore(n_parallel)
+    n_cells = sum(len(read_notebook(job.notebook).cells) for job in jobs)
+    environment = kernel_environment(n_parallel)
+    with tqdm(total=n_cells, unit="cell", disable=None) as bar:
 
-    def wait():
-        parent_process().join()
-        os._exit(1)
+        async def in_turn(job: Job) -> str | None:
+            async with places:
+                return await _run_job(job, staging, environment, bar)
 
-    threading.Thread(target=wait, daemon=True).start()
+        return await asyncio.gather(*map(in_turn, jobs))
 
 
-def _run_job(job: Job, staging: Path) -> str | None:
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
+def kernel_environment(n_parallel: int = 1) -> dict[str, str]:
+    """The environment of a kernel: this one, with its share of the cores and this clone's helpers."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["TQDM_DISABLE"] = "1"  # every step of a bar would be kept as output
+    if n_parallel > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
+    return environment
 
-    # For the kernels, whose every step of a bar would be kept as output; papermill's own bar was imported before.
-    os.environ["TQDM_DISABLE"] = "1"
-    workplace = staging / f"{job.notebook.stem}-on-{Path(job.model).name}"
-    workplace.mkdir(parents=True)
-    executed = workplace / f"{job.notebook.stem}.ipynb"
-    error = None
+
+async def _run_job(job: Job, staging: Path, environment: dict[str, str], bar: tqdm) -> str | None:
+    workplace = Path(tempfile.mkdtemp(dir=staging))
+    notebook = with_parameters(read_notebook(job.notebook), {"model_name": job.model} | job.parameters)
     try:
-        papermill.execute_notebook(
-            str(job.notebook),
-            str(executed),
-            parameters={"model_name": job.model} | job.parameters,
-            cwd=str(workplace),
-            progress_bar={"desc": job.label, "disable": None if sys.stderr.isatty() else True},
-            log_output=False,
-            extra_arguments=["--log-level=ERROR"],  # ipykernel warns of its own transport at every start
-        )
-    except PapermillExecutionError as failure:
-        error = f"cell {failure.exec_count or failure.cell_index}: {failure.ename}: {failure.evalue}"
-    except Exception as failure:  # a dead kernel, no kernel, a full disk: the other notebooks still run
+        error = await _execute(notebook, workplace, environment, bar)
+        _keep(job, notebook, workplace, error)
+    except Exception as failure:  # no kernel, a dead one, a full disk: the other notebooks still run
         error = f"{type(failure).__name__}: {failure}"
-    _keep(job, workplace, executed, error)
-    print(f"{'FAILED' if error else 'done'}  {job.label}" + (f"\n        {error}" if error else ""), flush=True)
+    bar.write(f"{'FAILED' if error else 'done'}  {job.label}" + (f"\n        {error}" if error else ""))
     return error
 
 
-def _keep(job: Job, workplace: Path, executed: Path, error: str | None) -> None:
+def with_parameters(notebook: NotebookNode, parameters: dict) -> NotebookNode:
+    """The notebook with a cell that sets the parameters, after the one that declares them."""
+    notebook.metadata.pop("widgets", None)  # with which GitHub does not render a notebook
+    source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())])
+    cell = nbformat.v4.new_code_cell(source, id="injected", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(parameters_cell(notebook) + 1, cell)
+    return notebook
+
+
+async def _execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], bar: tqdm) -> str | None:
+    """Run every cell; returns the first error of a cell. Whatever happens, no kernel is left."""
+    kernel = AsyncKernelManager(kernel_name=notebook.metadata.get("kernelspec", {}).get("name", "python3"))
+    client = NotebookClient(notebook, km=kernel, record_timing=False)
+    try:
+        # ipykernel warns of its own transport at every start.
+        await kernel.start_kernel(cwd=str(folder), env=environment, extra_arguments=["--log-level=ERROR"])
+        await client.async_start_new_kernel_client()
+        for index, cell in enumerate(notebook.cells):
+            await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
+            bar.update()
+    except CellExecutionError as failure:
+        return f"cell {client.code_cells_executed}: {failure.ename}: {failure.evalue}"
+    except DeadKernelError:
+        if asyncio.current_task().cancelling():  # nbclient takes an interrupt for a dead kernel
+            raise asyncio.CancelledError from None
+        raise
+    finally:
+        if client.kc is not None:
+            client.kc.stop_channels()
+        if kernel.has_kernel:
+            await kernel.shutdown_kernel(now=True)
+
+
+def _keep(job: Job, notebook: NotebookNode, workplace: Path, error: str | None) -> None:
     """Move what a job made into place; of a failed one only the notebook, under another name."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    if executed.exists():
-        clean_metadata(executed)
-        suffix = ".failed.ipynb" if error else ".ipynb"
-        executed.replace(job.folder / (job.notebook.stem + suffix))
+    failed = job.folder / f"{job.notebook.stem}.failed.ipynb"
+    write_text(failed if error else job.folder / job.notebook.name, nbformat.writes(notebook) + "\n")
     made = workplace / "outputs" / Path(job.model).name / job.notebook.stem
     if error or not made.exists():
         return
-    (job.folder / f"{job.notebook.stem}.failed.ipynb").unlink(missing_ok=True)
-    target, old = job.folder / job.notebook.stem, workplace / "replaced"
+    failed.unlink(missing_ok=True)
+    target = job.folder / job.notebook.stem
     if target.exists():
-        target.rename(old)
+        target.rename(workplace / "replaced")
     made.rename(target)
-
-
-def clean_metadata(notebook: Path) -> None:
-    """Drop this machine's paths, and widget state, with which GitHub does not render a notebook."""
-    import nbformat
-
-    content = nbformat.read(notebook, as_version=4)
-    for key in ("widgets", "papermill"):
-        content.metadata.pop(key, None)
-    for cell in content.cells:
-        cell.metadata.pop("papermill", None)
-    write_text(notebook, nbformat.writes(content) + "\n")
-
-
-# ---- report ----
-
-
-def write_report(model_folder: Path) -> Path | None:
-    """Gather the summaries of one model's notebooks into `report.md`, with tables and figures."""
-    summaries = list(read_summaries(model_folder).values())
-    if not summaries:
-        return None
-    lines = [f"# {model_folder.name}: what the series found", ""]
-    lines += ["Every number below is read from the `summary.json` and the tables beside it.", ""]
-    lines += ["| notebook | seconds |", "|---|---|"]
-    lines += [f"| [{s['notebook']}]({s['notebook']}.ipynb) | {s['wall_time_s']} |" for s in summaries]
-    for summary in summaries:
-        lines += _report_section(summary, model_folder / summary["notebook"])
-    versions = ", ".join(f"{name} {number}" for name, number in summaries[-1]["versions"].items())
-    return write_text(model_folder / "report.md", "\n".join([*lines, "", f"Made with {versions}.", ""]))
-
-
-def _report_section(summary: dict, folder: Path) -> list[str]:
-    name = summary["notebook"]
-    lines = ["", f"## {name}", "", "| result | value |", "|---|---|"]
-    lines += [f"| {key.replace('_', ' ')} | {as_text(value)} |" for key, value in summary["results"].items()]
-    for table in summary["tables"]:
-        rows = pd.read_csv(folder / f"{table}.csv").head(10)
-        lines += ["", f"{table.replace('_', ' ')}", "", *markdown_table(rows)]
-    for figure in sorted((folder / "figures").glob("*.png")):
-        lines += ["", f"![{figure.stem}]({name}/figures/{figure.name})"]
-    return lines
