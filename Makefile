@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-# Two at a time, with one thread each (conftest.py); a notebook is executed once, whichever tests look at it.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two at a time, with one thread each; conftest.py gives the tests of one notebook to one worker.
+PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: run test quick pretrained workshop html screenshots train bench lint clean
 

@@ -1,6 +1,7 @@
 """Shapes in signatures are checked while the tests run; tiny models of every architecture."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -23,6 +24,19 @@ ARCHITECTURES = ("shortformer", "gpt2", "gpt-neox", "llama", "gemma3")
 
 def pytest_addoption(parser):
     parser.addoption("--screenshots", metavar="DIR", help="keep the browser's pictures of the interactive views here")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What shares an expensive fixture goes to one worker: the tests of a notebook, and those of the site."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            shared = re.search(r"(?<=\[)\d\d_[a-z_]+|test_site\.py", nodeid)
+            return shared[0] if shared else nodeid
+
+    return Scheduling(config, log)
 
 
 def shortformer_state(config: dict, seed: int = 0, biases: bool = True) -> dict[str, torch.Tensor]:

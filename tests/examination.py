@@ -1,15 +1,12 @@
 """Every notebook, executed once for all tests: at each exercise with a wrong answer, the solution and the stub."""
 
 import nbformat
-import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from wrong_answers import WRONG
 
 from tools import editions, run
 
 PATHS = run.find_notebooks()
-# Tests of one notebook stay together, so that with several workers it is executed once all the same.
-EACH_NOTEBOOK = [pytest.param(path, marks=pytest.mark.xdist_group(path.stem), id=path.stem) for path in PATHS]
 
 
 def expect_refusal(check: str, word: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import SHORTFORMER, shortformer_state
-from examination import EACH_NOTEBOOK
+from examination import PATHS
 from safetensors.torch import save_file
 
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS
@@ -31,7 +31,7 @@ def code_lines(cell):
     return [line for line in cell.source.splitlines() if line.strip()]
 
 
-@pytest.fixture(params=EACH_NOTEBOOK)
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request):
     return request.param
 
@@ -124,11 +124,11 @@ def test_a_fresh_run_agrees_with_the_committed_outputs(executed, path):
             assert now[name] == value, name
 
 
-TRAINING = next(param for param in EACH_NOTEBOOK if "training" in param.id)
+TRAINING = next(path for path in PATHS if "training" in path.stem)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [TRAINING], indirect=True)
+@pytest.mark.parametrize("path", [TRAINING], indirect=True, ids=[TRAINING.stem])
 def test_the_live_run_finds_induction_in_two_layers_and_in_no_one_layer_model(executed, path):
     folder, _ = executed(path)
     live = json.loads((folder / path.stem / "summary.json").read_text())["results"]

@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from examination import EACH_NOTEBOOK, PATHS
+from examination import PATHS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from wrong_answers import WRONG
 
@@ -16,7 +16,7 @@ def tagged(source, tag):
     return new_code_cell(source, metadata={"tags": [tag]})
 
 
-@pytest.fixture(params=EACH_NOTEBOOK)
+@pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request):
     return request.param
 

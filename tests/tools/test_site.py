@@ -23,8 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Besides drawing without a screen: nothing of the browser's own that asks the network.
 FLAGS = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
-# One worker for all, because the exported pages are made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
