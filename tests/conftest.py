@@ -1,18 +1,21 @@
 """Shapes in signatures are checked while the tests run; tiny models of every architecture."""
 
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+# One thread a worker, kernels included; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("helpers", "beartype.beartype")
+install_import_hook(["helpers", "tools"], "beartype.beartype")
 
 import pytest
 import torch
 
-from helpers import models
+from helpers import catalog, models
 
 SHORTFORMER = dict(d_model=32, n_layers=2, n_heads=4, d_head=8, n_ctx=64, d_vocab=50, shortformer_pos=True)
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
@@ -21,6 +24,19 @@ ARCHITECTURES = ("shortformer", "gpt2", "gpt-neox", "llama", "gemma3")
 
 def pytest_addoption(parser):
     parser.addoption("--screenshots", metavar="DIR", help="keep the browser's pictures of the interactive views here")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What shares an expensive fixture goes to one worker: the tests of a notebook, and those of the site."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            shared = re.search(r"(?<=\[)\d\d_[a-z_]+|test_site\.py", nodeid)
+            return shared[0] if shared else nodeid
+
+    return Scheduling(config, log)
 
 
 def shortformer_state(config: dict, seed: int = 0, biases: bool = True) -> dict[str, torch.Tensor]:
@@ -99,6 +115,21 @@ def tiny(model_folder):
 
     made = {}
     return make
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory):
+    """executed(path) -> folder of the outputs, and errors, of a notebook executed with its exercises examined."""
+    from examination import execute
+
+    done = {}
+
+    def once(path):
+        if path not in done:
+            done[path] = execute(path, tmp_path_factory.mktemp(path.stem), catalog.DEFAULT_MODEL)
+        return done[path]
+
+    return once
 
 
 @pytest.fixture(scope="session")

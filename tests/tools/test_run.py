@@ -1,6 +1,5 @@
 """The runner: good outputs survive failures and kills, and mistakes are named before anything runs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,8 +11,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from helpers import series
-from helpers.__main__ import main
+from tools import run
+from tools.__main__ import COMMANDS, main
 
 GOOD = """
 from pathlib import Path
@@ -49,8 +48,8 @@ def notebooks(tmp_path):
 
 def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path):
     out = tmp_path / "out"
-    jobs = series.plan(["induction-2l"], series.find_notebooks(folder=notebooks), out, {"size": "7"})
-    errors = series.run(jobs, n_parallel=2)
+    jobs = run.plan(["induction-2l"], run.find_notebooks(folder=notebooks), out, {"size": "7"})
+    errors = run.run(jobs, n_parallel=2)
     assert list(errors) == ["02_bad on induction-2l"] and "ZeroDivisionError" in errors["02_bad on induction-2l"]
     kept = out / "induction-2l"
     assert {p.name for p in kept.iterdir()} == {"01_good", "01_good.ipynb", "02_bad.failed.ipynb", "report.md"}
@@ -63,11 +62,11 @@ def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path):
 
 def test_a_failed_run_leaves_the_earlier_good_one(notebooks, tmp_path):
     out = tmp_path / "out"
-    find = series.find_notebooks
-    assert not series.run(series.plan(["induction-2l"], find(["01"], notebooks), out, {}))
+    find = run.find_notebooks
+    assert not run.run(run.plan(["induction-2l"], find(["01"], notebooks), out, {}))
     good = {p: p.read_bytes() for p in (out / "induction-2l").rglob("*") if p.is_file() and p.name != "report.md"}
     write_notebook(notebooks, "01_good", GOOD + "\nraise RuntimeError('at the end')")
-    assert series.run(series.plan(["induction-2l"], find(["01"], notebooks), out, {}))
+    assert run.run(run.plan(["induction-2l"], find(["01"], notebooks), out, {}))
     assert all(p.read_bytes() == content for p, content in good.items())
 
 
@@ -82,12 +81,12 @@ def at_work_in(folder: Path) -> list[str]:
 
 def test_a_killed_run_leaves_no_half_written_file_and_no_kernel(notebooks, tmp_path):
     out = tmp_path / "out"
-    assert not series.run(series.plan(["induction-2l"], series.find_notebooks(["01"], notebooks), out, {}))
+    assert not run.run(run.plan(["induction-2l"], run.find_notebooks(["01"], notebooks), out, {}))
     good = {p: p.read_bytes() for p in (out / "induction-2l").rglob("*") if p.is_file()}
     write_notebook(notebooks, "01_good", GOOD + "\nimport time\nPath('../../started').touch()\ntime.sleep(60)")
     code = (
-        "import sys; from pathlib import Path; from helpers import series; notebooks, out = map(Path, sys.argv[1:]); "
-        "series.run(series.plan(['induction-2l'], series.find_notebooks(['01'], notebooks), out, {}))"
+        "import sys; from pathlib import Path; from tools import run; notebooks, out = map(Path, sys.argv[1:]); "
+        "run.run(run.plan(['induction-2l'], run.find_notebooks(['01'], notebooks), out, {}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code, notebooks, out], start_new_session=True)
     for _ in range(300):
@@ -108,18 +107,18 @@ def test_a_killed_run_leaves_no_half_written_file_and_no_kernel(notebooks, tmp_p
 
 def test_parameters_are_checked_before_anything_runs(notebooks):
     path = notebooks / "01_good.ipynb"
-    assert series.check_parameters(path, {"size": "4", "rate": "2"}) == {"size": 4, "rate": 2.0}
+    assert run.check_parameters(path, {"size": "4", "rate": "2"}) == {"size": 4, "rate": 2.0}
     for name, value, message in (("sise", "1", "no parameter 'sise'"), ("size", "x", "int"), ("size", "1.5", "int")):
         with pytest.raises(ValueError, match=message):
-            series.check_parameters(path, {name: value})
+            run.check_parameters(path, {name: value})
 
 
 def test_notebooks_are_found_by_number_or_name(notebooks):
-    assert [p.stem for p in series.find_notebooks(["2", "01_good"], notebooks)] == ["02_bad", "01_good"]
+    assert [p.stem for p in run.find_notebooks(["2", "01_good"], notebooks)] == ["02_bad", "01_good"]
     with pytest.raises(ValueError, match="09"):
-        series.find_notebooks(["09"], notebooks)
+        run.find_notebooks(["09"], notebooks)
     with pytest.raises(ValueError, match="no notebooks"):
-        series.find_notebooks(folder=notebooks / "none")
+        run.find_notebooks(folder=notebooks / "none")
 
 
 @pytest.mark.parametrize(
@@ -138,14 +137,30 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_models_command_lists_names_and_states(capsys):
-    assert main(["models"]) == 0
-    lines = capsys.readouterr().out
-    assert "induction-2l" in lines and "ready" in lines and "EleutherAI/pythia-70m" in lines
+def test_every_module_is_a_command_and_says_what_it_takes(capsys):
+    present = {path.stem for path in (run.ROOT / "tools").glob("[a-z]*.py")}
+    assert set(COMMANDS) == present
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0 and f"python -m tools {name}" in capsys.readouterr().out
 
 
-def test_widget_state_is_stripped(tmp_path):
-    path = tmp_path / "n.ipynb"
-    nbformat.write(new_notebook(metadata={"widgets": {"x": {}}, "papermill": {"input_path": "/x"}}), path)
-    series.clean_metadata(path)
-    assert json.loads(path.read_text())["metadata"] == {}
+def test_the_runner_leaves_its_own_environment_alone(notebooks, tmp_path):
+    before = dict(os.environ)
+    write_notebook(notebooks, "01_good", GOOD + "\nimport os\nprint(os.environ['TQDM_DISABLE'])")
+    jobs = run.plan(["induction-2l"], run.find_notebooks(["01"], notebooks), tmp_path / "out", {})
+    assert not run.run(jobs, n_parallel=2) and os.environ == before
+
+
+def test_no_widget_state_and_no_times_are_stored(notebooks, tmp_path):
+    path = notebooks / "01_good.ipynb"
+    content = run.read_notebook(path)
+    content.metadata["widgets"] = {"x": {}}
+    nbformat.write(content, path)
+    assert not run.run(run.plan(["induction-2l"], [path], tmp_path / "out", {}))
+    stored = run.read_notebook(tmp_path / "out/induction-2l/01_good.ipynb")
+    assert set(stored.metadata) == {"kernelspec"}
+    assert [dict(cell.metadata) for cell in stored.cells] == [
+        {"tags": ["parameters"]}, {"tags": ["injected-parameters"]}, {}
+    ]  # fmt: skip
