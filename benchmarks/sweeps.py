@@ -24,12 +24,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "tests")]
 import oracles
-from tools.report import markdown_table
 
 from helpers import interventions, metrics, models, plots
 from helpers.metrics import Metric
 from helpers.prompts import repeated_tokens
 from helpers.results import write_atomically, write_text
+from tools.report import markdown_table
 
 NAMES = ["induction-2l", "pythia-70m", "gpt2", "smollm2-135m", "gemma3-270m"]
 OUT = Path("outputs/benchmarks")
@@ -259,7 +259,7 @@ class Bench:
         if not self.random and self.name != "induction-2l":
             return
         # A model of its own, because nnsight leaves its wrappers in the one it is given.
-        module = random_model(self.name) if self.random else models.load.__wrapped__(self.name).original_model
+        module = random_model(self.name) if self.random else models.read(self.name).original_model
         other, d_head = Nnsight(self.name, module), self.model.cfg.d_head
         effects = interventions.ablate_heads(self.model, tokens, metric)
         baseline = metrics.evaluate(self.model, tokens, metric)
@@ -363,7 +363,6 @@ def main():
         bench = Bench(name, arguments.repeats, arguments.sample)
         for sweep in arguments.sweeps:
             keep(bench.run(sweep), OUT / "sweeps.csv")
-        models.load.cache_clear()
     table = pd.read_csv(OUT / "sweeps.csv")
     write_atomically(OUT / "sweeps.png", lambda path: figure(table).savefig(path, format="png"))
     write_text(OUT / "sweeps.md", page(table))
