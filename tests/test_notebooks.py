@@ -15,7 +15,7 @@ from examination import PATHS
 from safetensors.torch import save_file
 
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
-from helpers.models import shipped_tokenizer
+from helpers.nanogpt import shipped_tokenizer
 from tools import run
 
 ROOT = Path(__file__).resolve().parents[1]
