@@ -14,9 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities.matrix import composition_scores
-
-from helpers.shortformer import ShortformerModel
 
 
 @dataclass(frozen=True)
@@ -134,32 +131,6 @@ def best_column(
     return torch.cat([(part @ right).argmax(-1) for part in left.split(chunk)])
 
 
-def positional_patterns(model: TransformerBridge, length: int = 64) -> Float[Tensor, "layer head query key"]:
-    """The attention that learned positions alone would give, tokens contributing nothing.
-
-    Raises:
-        ValueError: the model has no learned absolute positions.
-    """
-    if model.cfg.positional_embedding_type != "standard":
-        raise ValueError(f"{model.cfg.model_name} has {model.cfg.positional_embedding_type} positions, no W_pos")
-    patterns = []
-    for block, W_Q, W_K in zip(model.blocks, model.W_Q, model.W_K):
-        x = _positions(model, block)[:length]
-        q, k = x @ W_Q + block.attn.b_Q[:, None], x @ W_K + block.attn.b_K[:, None]
-        scores = q @ k.mT / math.sqrt(model.cfg.d_head)
-        future = torch.ones(len(x), len(x), device=x.device).triu(1).bool()
-        patterns.append(scores.masked_fill(future, -math.inf).softmax(-1))
-    return torch.stack(patterns)
-
-
-def _positions(model, block) -> Float[Tensor, "n_ctx d_model"]:
-    if not isinstance(model.original_model, ShortformerModel):
-        return _normalised(model.W_pos, model.cfg)
-    # Added after the norm here, so the norm's gain does not apply to them; its bias stands beside them.
-    bias = getattr(block.ln1, "bias", None)
-    return model.W_pos if bias is None else model.W_pos + bias
-
-
 # ---- pairs of heads ----
 
 
@@ -182,16 +153,6 @@ def _pair_norms(left: Float[Tensor, "head inner d_model"], columns, right_shape)
     layers, heads, _, inner = right_shape
     products = left.flatten(0, 1) @ columns
     return products.view(*left.shape[:2], layers, heads, inner).norm(dim=(1, 4))
-
-
-def random_composition(
-    d_model: int, d_head: int, n: int = 64, seed: int = 0, device: str = "cpu"
-) -> Float[Tensor, "n"]:
-    """Composition scores of `n` pairs of random Gaussian matrices of rank d_head: what no relation gives."""
-    generator = torch.Generator().manual_seed(seed)
-    read, write = (torch.randn(2, n, d_model, d_head, generator=generator) for _ in range(2))
-    pairs = FactoredMatrix(read.to(device), write.mT.to(device))
-    return composition_scores(pairs[0], pairs[1], broadcast_dims=False)
 
 
 # ---- inside a head ----
