@@ -91,14 +91,14 @@ def token_vectors(
     if not 0 <= blocks <= model.cfg.n_layers:
         raise ValueError(f"cannot take tokens through {blocks} of {model.cfg.n_layers} blocks")
     if blocks == 0:
-        return _normalised(model.W_E[tokens], model.cfg)
+        return normalised(model.W_E[tokens], model.cfg)
     hook = f"blocks.{blocks - 1}.hook_resid_post"
     with torch.inference_mode():
         _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=blocks)
-    return _normalised(cache[hook][:, 0], model.cfg)
+    return normalised(cache[hook][:, 0], model.cfg)
 
 
-def _normalised(vectors: Float[Tensor, "*rest d_model"], cfg) -> Float[Tensor, "*rest d_model"]:
+def normalised(vectors: Float[Tensor, "*rest d_model"], cfg) -> Float[Tensor, "*rest d_model"]:
     if cfg.normalization_type is None:
         return vectors
     if "RMS" not in cfg.normalization_type:

@@ -17,7 +17,7 @@ from transformer_lens.tools.analysis.logit_lens import logit_readout
 from helpers.prompts import Prompts
 from helpers.stats import head_name, progress
 
-Stream = Float[Tensor, "stop batch pos d_model"]
+Stream = Float[Tensor, "stop batch place d_model"]  # place: all positions, or the one asked for
 
 
 @dataclass(frozen=True)

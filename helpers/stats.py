@@ -118,7 +118,7 @@ def show(result: dict, digits: int = 3) -> str:
 def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: int = 0) -> pd.DataFrame:
     """One row per head, best first: rank, head, layer, index, mean of `value` and its interval."""
     mean, low, high = bootstrap_interval(samples.cpu().numpy(), seed=seed)
-    layer, index = (i.ravel() for i in np.indices(mean.shape))
+    layer, index = (i.ravel().tolist() for i in np.indices(mean.shape))
     names = [head_name(i, j) for i, j in zip(layer, index)]
     columns = {"layer": layer, "index": index, value: mean.flat, "low": low.flat, "high": high.flat}
     table = pd.DataFrame({"head": names} | columns).sort_values(value, ascending=False, ignore_index=True)

@@ -266,16 +266,6 @@ def test_a_model_without_norms(prompts):
 # ---- shares, intervals, refusals ----
 
 
-def test_unscrubbed_share_counts_ingredients():
-    share = scrubbing.unscrubbed_share
-    assert share(UNSCRUBBED, HEADS, N_HEADS, LENGTH) == 1
-    assert share(RESAMPLED, HEADS, N_HEADS, LENGTH) == 0
-    naive_key = HYPOTHESES[0].k  # one head, one value a query, at all queries but the first
-    total = sum(1 + 2 * N_HEADS * (q + 1) for q in range(LENGTH))
-    assert share(naive_key, HEADS, N_HEADS, LENGTH) == pytest.approx((LENGTH - 1) / total)
-    assert share(Input(X, Rule()), HEADS, N_HEADS, LENGTH, last_only=True) == 1 / (1 + 2 * N_HEADS * LENGTH)
-
-
 def test_intervals_hold_the_estimate_and_see_the_pairings():
     losses = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
     result = scrubbing.Scrubbed(
@@ -296,55 +286,6 @@ def test_bad_input_is_refused_by_name(model, prompts):
     assert scrubbing.why_not(model) == ""
     with pytest.raises(ValueError, match=r"one has 1 layer\(s\)"):
         scrubbing.scrub(one_layer, prompts, HYPOTHESES, *HEADS)
-
-
-# ---- whitelist ----
-
-
-def test_the_heuristic_gains_where_the_text_repeats_and_loses_where_it_does_not():
-    # After token 1 comes always the same token within a text, another in each text; after 2 never.
-    texts = torch.tensor([[0, 1, a, 2, b, 1, a, 2, c, 1, a] for a, b, c in ((5, 6, 7), (8, 9, 10), (11, 12, 13))])
-    benefit, count = scrubbing.induction_benefit(texts, d_vocab=20)
-    assert benefit[1] > 0.3 and benefit[2] < 0
-    assert count[1] == 9 and count[5] == 2
-
-
-def test_induction_benefit_is_its_definition():
-    texts = torch.tensor([[0, 1, 2, 1, 2, 1, 3], [0, 1, 3, 2, 3, 1, 2]])
-    benefit, _ = scrubbing.induction_benefit(texts, d_vocab=5, beta=1.5)
-    pairs = [(a, b) for row in texts.tolist() for a, b in zip(row, row[1:])]
-    gains = []
-    for row in texts.tolist():
-        for i, (a, b) in enumerate(zip(row, row[1:])):
-            unigram = sum(pair[1] == b for pair in pairs) / len(pairs)
-            p = (pairs.count((a, b)) - 1 + unigram) / sum(pair[0] == a for pair in pairs)
-            earlier = [row[j + 1] == b for j in range(i) if row[j] == a]
-            up, down = p * math.exp(1.5 * sum(earlier)), (1 - p) * math.exp(1.5 * (len(earlier) - sum(earlier)))
-            gains.append((a, math.log(up / (up + down)) - math.log(p)))
-    expected = np.mean([gain for a, gain in gains if a == 1])
-    assert benefit[1] == pytest.approx(expected, abs=1e-4)
-
-
-def test_contexts_end_on_an_allowed_token_with_the_next_as_answer():
-    texts = torch.arange(40).reshape(2, 20)
-    allowed = torch.zeros(40, dtype=torch.bool)
-    allowed[[3, 12, 15]] = True
-    prompts = scrubbing.contexts(texts, allowed, length=6)
-    assert len(prompts.tokens) == 1 and prompts.tokens.shape[1] == 7
-    (row,) = prompts.tokens.tolist()
-    assert row[0] == 0 and row[-2] in (12, 15) and row[1:] == list(range(row[1], row[-1] + 1))
-    with pytest.raises(ValueError, match="none of 2"):
-        scrubbing.contexts(texts, ~torch.ones(40, dtype=torch.bool), length=6)
-
-
-def test_heads_are_chosen_by_share_of_the_best():
-    assert scrubbing.strong_heads(torch.tensor([0.1, 0.8, 0.4, 0.39])) == (1, 2)
-
-
-def test_same_token_share_counts_the_query_itself():
-    pattern = torch.tensor([[1.0, 0, 0], [0.3, 0.7, 0], [0.25, 0.25, 0.5]])[None, None]
-    share = scrubbing.same_token_share(pattern, torch.tensor([[4, 5, 4]]))
-    assert share.item() == pytest.approx((1 + 0.7 + 0.75) / 3)
 
 
 # ---- the general form ----
