@@ -25,9 +25,10 @@ def use_style() -> None:
     )
 
 
-def _subplots(*args, **kwargs):
+def subplots(*args, **kwargs):
+    """`plt.subplots`, forgotten by pyplot, which would show the figure again after the cell that gives it back."""
     figure, axes = plt.subplots(*args, **kwargs)
-    plt.close(figure)  # pyplot would show it a second time, after the cell that gives it back
+    plt.close(figure)
     return figure, axes
 
 
@@ -53,7 +54,7 @@ def head_grid(
     """
     grid = samples.mean(0).cpu().numpy()
     n_layers, n_heads = grid.shape
-    figure, (left, right) = _subplots(1, 2, figsize=(11, max(3.4, 0.2 * n_layers + 1.8)), width_ratios=[3, 2])
+    figure, (left, right) = subplots(1, 2, figsize=(11, max(3.4, 0.2 * n_layers + 1.8)), width_ratios=[3, 2])
     sns.heatmap(
         grid, ax=left, annot=grid.size <= 64, fmt=".2f", annot_kws={"size": 9}, cbar_kws={"label": label},
         xticklabels=_every(n_heads), yticklabels=_every(n_layers), **_limits(grid, diverging),
@@ -72,7 +73,7 @@ def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: st
     Tables have the columns `names`, "mean", "low" and "high", with the same names in each.
     """
     rows = next(iter(tables.values()))[names]
-    figure, axis = _subplots(figsize=(8.5, 1.6 + 0.32 * len(rows)))
+    figure, axis = subplots(figsize=(8.5, 1.6 + 0.32 * len(rows)))
     for i, (name, table) in enumerate(tables.items()):
         offset = 0.5 * (i + 0.5) / len(tables) - 0.25
         _interval_points(axis, rows, table.set_index(names).loc[rows], PALETTE[i], offset, name)
@@ -116,13 +117,14 @@ def matrices(
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
     panels = {title: np.asarray(matrix, dtype=float) for title, matrix in panels.items()}
     values, n = np.concatenate([matrix.ravel() for matrix in panels.values()]), len(panels)
-    figure, axes = _subplots(1, n, figsize=(size * n + 1, size), squeeze=False)
+    limits = _limits(values, diverging, max(1.0, float(np.nanmax(values))))
+    figure, axes = subplots(1, n, figsize=(size * n + 1, size), squeeze=False)
     for axis, (title, matrix) in zip(axes[0], panels.items()):
         columns, rows = ticks or map(_every, matrix.shape[::-1])
         square = 0.5 < matrix.shape[0] / matrix.shape[1] < 2
         sns.heatmap(
             matrix, ax=axis, square=square, rasterized=True, xticklabels=columns, yticklabels=rows,
-            cbar=axis is axes[0, -1], cbar_kws={"label": label}, **_limits(values, diverging, max(1.0, float(np.nanmax(values)))),
+            cbar=axis is axes[0, -1], cbar_kws={"label": label}, **limits,
         )  # fmt: skip
         axis.set(xlabel=xlabel, ylabel=ylabel if axis is axes[0, 0] else "", title=title)
         axis.tick_params(axis="both", labelsize=9)
@@ -140,7 +142,7 @@ def curve(
     log_y: bool = False,
 ) -> Figure:
     """Lines `{name: (x, mean)}` or `{name: (x, mean, low, high)}`; `marks` are vertical lines; x may be names."""
-    figure, axis = _subplots(figsize=(8.5, 4.2))
+    figure, axis = subplots(figsize=(8.5, 4.2))
     for name, (x, mean, *interval) in lines.items():
         (line,) = axis.plot(x, mean, label=name)
         if interval:
@@ -165,7 +167,7 @@ def curve(
 
 def histogram(values: Float[Tensor, "n"], label: str, title: str = "") -> Figure:
     """How samples spread, with zero and their mean marked."""
-    figure, axis = _subplots(figsize=(8.5, 3.6))
+    figure, axis = subplots(figsize=(8.5, 3.6))
     axis.hist(np.asarray(values.cpu()), bins=30)
     axis.axvline(0, color="0.6", lw=1)
     axis.axvline(float(values.mean()), color="0.2", ls="--", label="mean")
@@ -177,7 +179,7 @@ def histogram(values: Float[Tensor, "n"], label: str, title: str = "") -> Figure
 def scatter(x, y, xlabel: str, ylabel: str, title: str = "", names: dict[int, str] | None = None) -> Figure:
     """Points, some of them named (`{index: name}`) in a column at the right, each led to by a thin line."""
     x, y = (np.asarray(values, dtype=float) for values in (x, y))
-    figure, axis = _subplots(figsize=(8.5, 4.6))
+    figure, axis = subplots(figsize=(8.5, 4.6))
     axis.scatter(x, y, s=22, color=PALETTE[0])
     order = sorted(names or {}, key=lambda i: -y[i])
     for place, i in zip(np.linspace(0.97, 0.03, max(len(order), 8)), order):
@@ -191,7 +193,9 @@ def scatter(x, y, xlabel: str, ylabel: str, title: str = "", names: dict[int, st
     return figure
 
 
-def token_strip(tokens: list[str], values: Float[Tensor, "pos"], label: str, title: str = "", per_row: int = 16) -> Figure:
+def token_strip(
+    tokens: list[str], values: Float[Tensor, "pos"], label: str, title: str = "", per_row: int = 16
+) -> Figure:
     """Tokens as a strip of coloured cells, each showing its text: the static token view.
 
     Raises:
@@ -205,7 +209,7 @@ def token_strip(tokens: list[str], values: Float[Tensor, "pos"], label: str, tit
     padded[: len(values)] = values
     texts = [re.sub("·{3,}", lambda run: f"·×{len(run[0])}", visible(t)) for t in tokens]
     texts += [""] * (len(padded) - len(tokens))
-    figure, axis = _subplots(figsize=(12, 0.55 * rows + 1.2))
+    figure, axis = subplots(figsize=(12, 0.55 * rows + 1.2))
     sns.heatmap(
         padded.reshape(rows, per_row), ax=axis, annot=np.array(texts).reshape(rows, per_row), fmt="",
         annot_kws={"size": 10, "family": "monospace", "parse_math": False}, linewidths=0.5, xticklabels=False,
@@ -218,66 +222,3 @@ def token_strip(tokens: list[str], values: Float[Tensor, "pos"], label: str, tit
 def visible(token: str) -> str:
     """A token's text with its spaces and line breaks made visible."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
-
-
-def graph(
-    nodes: dict[str, tuple],
-    edges: list[tuple],
-    title: str = "",
-    size: tuple[float, float] = (13, 3.4),
-    colours: dict[str, object] | None = None,
-) -> Figure:
-    """Boxes and arrows: `nodes` are `{key: (text, x, y)}`, `edges` (from, to, text, colour, line width)."""
-    figure, axis = _subplots(figsize=size)
-    for source, target, text, colour, width in edges:
-        start, end = (np.array(nodes[key][1:]) for key in (source, target))
-        arrow = {"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 8, "shrinkB": 22}
-        axis.annotate("", end, start, arrowprops=arrow)
-        blank = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"}
-        axis.annotate(text, 0.58 * start + 0.42 * end, ha="center", va="center", size=8.5, color=colour, bbox=blank)
-    for key, (text, x, y) in nodes.items():
-        colour = (colours or {}).get(key, "0.4")
-        box = {"boxstyle": "round", "fc": "white", "ec": colour, "lw": 1 if colour == "0.4" else 2.5}
-        axis.annotate(text, (x, y), ha="center", va="center", size=10, bbox=box)
-    x, y = zip(*(node[1:] for node in nodes.values()))
-    axis.set(title=title, xlim=(min(x) - 0.5, max(x) + 0.5), ylim=(min(y) - 0.5, max(y) + 0.5))
-    axis.axis("off")
-    return figure
-
-
-# The induction circuit: what belongs to a part, as (key, text, x, y), and (from, to, text, part).
-CIRCUIT_NODES = {
-    "tokens": [("A1", "A", 0, 0), ("B1", "B", 1.6, 0), ("dots", "…", 3.2, 0), ("A2", "A", 4.8, 0)],
-    "previous-token head": [("previous", "previous-token head\n(earlier layer)", 1.6, 1.2)],
-    "residual stream": [("stream", "residual stream at B:\n“B, and A before me”", 1.6, 2.4)],
-    "induction head": [("induction", "induction head\n(later layer)\nattends from A to B", 4.8, 2.4)],
-    "copying": [("logits", "logits at A:\nB goes up", 7.2, 2.4)],
-}
-CIRCUIT_EDGES = [
-    ("A1", "previous", "value of A", "previous-token head"),
-    ("B1", "previous", "looks one back", "previous-token head"),
-    ("previous", "stream", "writes “after A”", "residual stream"),
-    ("stream", "induction", "key: “after A”\n(K-composition)", "K-composition"),
-    ("A2", "induction", "query: “what\ncame after A?”", "induction head"),
-    ("induction", "logits", "OV: copies B", "copying"),
-]
-
-
-def circuit_diagram(highlight: str | Sequence[str] = ()) -> Figure:
-    """The induction circuit on A B … A -> B, with the parts that a notebook is about in colour.
-
-    Parts: "tokens", "previous-token head", "residual stream", "K-composition", "induction head", "copying".
-
-    Raises:
-        ValueError: a part is not one of these.
-    """
-    chosen = {highlight} if isinstance(highlight, str) else set(highlight)
-    if unknown := chosen - {*CIRCUIT_NODES, "K-composition"}:
-        raise ValueError(f"{', '.join(sorted(unknown))} is no part of the circuit; see circuit_diagram's list")
-    nodes = {key: tuple(node) for part in CIRCUIT_NODES.values() for key, *node in part}
-    colours = {key: PALETTE[3] for part in chosen & CIRCUIT_NODES.keys() for key, *_ in CIRCUIT_NODES[part]}
-    edges = [
-        (source, target, text, *((PALETTE[3], 2.8) if part in chosen else ("0.55", 1.2)))
-        for source, target, text, part in CIRCUIT_EDGES
-    ]
-    return graph(nodes, edges, size=(11, 4.4), colours=colours)

@@ -1,9 +1,7 @@
-"""Causal scrubbing of two-layer attention-only models: hypotheses as data, one evaluator.
+"""Causal scrubbing of two-layer attention-only models: the evaluator of `helpers.hypotheses`.
 
-A hypothesis says from which datum, x or another one x', each part of the inputs of the induction
-heads is computed: the embedding and, for every layer-0 head, a pattern and the values it weighs.
-Everything else runs on x. Source: Lawrence Chan and others 2022, "Causal scrubbing: results on
-induction heads".
+Only the inputs of the induction heads are built as a hypothesis says; everything else runs on x.
+Source: Lawrence Chan and others 2022, "Causal scrubbing: results on induction heads".
 """
 
 import math
@@ -17,57 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from helpers.hypotheses import OTHER, RESAMPLED, UNSCRUBBED, Hypothesis, Input, Rule, X
 from helpers.prompts import Prompts, derangement
 from helpers.shortformer import ShortformerModel
 from helpers.stats import bootstrap_weights, progress
 
-X, OTHER = "x", "x'"
 Roles = dict[str, tuple[int, ...]]  # named groups of layer-0 heads
+Kinds = dict[str, Int[Tensor, "d_vocab"]]  # the kind of each token, under a name that rules use
 Rows = dict[str, Int[Tensor, "text pos"]]  # for every datum a rule may name: which text of the pool stands for it
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one layer-0 head is fed.
-
-    `values` come from a datum, "x" or "x'"; so does the `pattern`, unless it names a kind of token:
-    then each query takes it from a text whose token there is of the same kind. `from_x` lists the
-    offsets back from the query at which the values come from x all the same. With `identity` the
-    value at offset 0 enters with weight 1: an identity on x plus the head's error on the other datum.
-    """
-
-    pattern: str = OTHER
-    values: str = OTHER
-    from_x: tuple[int, ...] = ()
-    identity: bool = False
-
-    def __post_init__(self):
-        if self.values not in (X, OTHER):
-            raise ValueError(f"values must come from {X!r} or {OTHER!r}, not {self.values!r}")
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of the induction heads: its embedding, rules for named groups of heads, and one for the rest."""
-
-    embedding: str
-    rest: Rule
-    roles: tuple[tuple[str, Rule], ...] = ()
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """What the V, Q and K inputs of the induction heads are said to depend on."""
-
-    name: str
-    claim: str
-    v: Input
-    q: Input
-    k: Input
-
-
-WHOLE, SCRUBBED = Rule(X, X), Rule()
-UNSCRUBBED, RESAMPLED = Input(X, WHOLE), Input(OTHER, SCRUBBED)
 
 
 @dataclass(frozen=True)
@@ -105,7 +60,7 @@ def scrub(
     hypotheses: Sequence[Hypothesis],
     induction: Sequence[int],
     roles: Roles,
-    kinds: dict[str, Int[Tensor, "d_vocab"]] | None = None,
+    kinds: Kinds | None = None,
     n_pairings: int = 3,
     seed: int = 0,
     pool_size: int = 64,
@@ -114,8 +69,7 @@ def scrub(
     """Run every hypothesis for the V, Q and K inputs of the `induction` heads alone, and together.
 
     A text's x' is another text of its pool, the same for all hypotheses of a pairing; with
-    `independent`, V, Q and K each draw their own. `kinds[name][token]` is the kind of a token
-    that rules refer to by name.
+    `independent`, V, Q and K each draw their own.
 
     Raises:
         ValueError: the model is not one of two attention layers, or there are fewer than 2 texts.
@@ -142,9 +96,7 @@ def scrub(
     return Scrubbed(runs, model_loss[0], silent[0], resampled, scrubbed, closeness)
 
 
-def draw_rows(
-    tokens: Int[Tensor, "text pos"], kinds: dict[str, Tensor], independent: bool, generator: torch.Generator
-) -> dict[str, Rows]:
+def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, independent: bool, generator) -> dict[str, Rows]:
     """For each of V, Q and K, the texts that "x", "x'" and kinds of token stand for, by text and position."""
     drawn: dict[str, Rows] = {}
     for kind in "vqk":
@@ -156,9 +108,7 @@ def draw_rows(
     return drawn
 
 
-def alike(
-    kind: Int[Tensor, "text pos"], otherwise: Int[Tensor, "text pos"], generator: torch.Generator
-) -> Int[Tensor, "text pos"]:
+def alike(kind: Int[Tensor, "text pos"], otherwise: Int[Tensor, "text pos"], generator) -> Int[Tensor, "text pos"]:
     """At every position another text whose kind there is the same; `otherwise` where there is none."""
     order = torch.rand(len(kind), *kind.shape, generator=generator).to(kind.device)
     same = (kind[:, None] == kind[None]) & ~torch.eye(len(kind), dtype=torch.bool, device=kind.device)[..., None]
@@ -169,14 +119,18 @@ def alike(
 class TextPool:
     """What a model computes on a pool of texts, done once; the inputs of its induction heads are built from it."""
 
-    def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction: Sequence[int], roles: Roles):
+    def __init__(
+        self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction: Sequence[int], roles: Roles
+    ):
         self.model, self.induction, self.roles = model, list(induction), roles
         names = [f"blocks.0.{name}" for name in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z")]
         names += ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.hook_resid_post"]
-        # The unembedding of every position would be the largest tensor of the run.
+        # A few texts at a time, and the unembedding at one position: attention and logits are the largest tensors.
         with model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, -1:])]):
-            _, cache = model.run_with_cache(tokens, names_filter=names)
-        self.embedding, pattern, self.v, self.z, self.on_x, z, final = (cache[name] for name in names)
+            caches = [model.run_with_cache(part, names_filter=names)[1] for part in tokens.split(16)]
+        self.embedding, pattern, self.v, self.z, self.on_x, z, final = (
+            torch.cat([cache[name] for cache in caches]) for name in names
+        )
         self.pattern = pattern.transpose(1, 2)  # [text, query, head, key]
         self.z_induction, self.final = z[:, -1, self.induction], final[:, -1]
 
@@ -193,15 +147,15 @@ class TextPool:
 
     def head_outputs(self, rule: Rule, heads: list[int], rows: Rows) -> Float[Tensor, "text pos head d_head"]:
         """z of layer-0 heads under a rule."""
-        pattern_row, v, pattern = rows[rule.pattern], self.v[:, :, heads], self.pattern[:, :, heads]
+        pattern_row, v = rows[rule.pattern], self.v[:, :, heads]
         v_other = _pick(v, rows[rule.values])
         if rule.pattern == rule.values:
             z = _pick(self.z[:, :, heads], pattern_row)
         else:
-            z = torch.einsum("bqhk,bkhd->bqhd", _pick(pattern, pattern_row), v_other)
+            z = torch.einsum("bqhk,bkhd->bqhd", _pick(self.pattern[:, :, heads], pattern_row), v_other)
         for offset in rule.from_x if rule.values == OTHER else ():
             n = z.shape[1] - offset
-            weight = pattern.diagonal(-offset, 1, 3).mT  # [text, query from offset, head]
+            weight = self.pattern.diagonal(-offset, 1, 3)[:, heads].mT  # [text, query from offset, head]
             weight = _pick(weight, pattern_row[:, offset:])[..., None]
             weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
             z[:, offset:].addcmul_(weight, v[:, :n] - v_other[:, :n])

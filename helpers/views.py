@@ -62,7 +62,9 @@ def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[s
     if values.shape != (len(texts), *([len(labels)] if labels else [])):
         raise ValueError(f"values {tuple(values.shape)} for {len(texts)} tokens and {len(labels or [])} labels")
     shown = [visible(t) for t in texts]
-    return _without_script(colored_tokens_multi(shown, values, labels) if labels else colored_tokens(shown, values.tolist()))
+    return _without_script(
+        colored_tokens_multi(shown, values, labels) if labels else colored_tokens(shown, values.tolist())
+    )
 
 
 def _without_script(view) -> Html:

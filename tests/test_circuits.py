@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SHORTFORMER, shortformer_state
+from conftest import ARCHITECTURES
 from transformer_lens.FactoredMatrix import FactoredMatrix
 
-from helpers import circuits, models
+from helpers import circuits
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.utilities.matrix import composition_scores
 
 from helpers import circuits, models, prompts
-from helpers.scrubbing import OTHER, RESAMPLED, UNSCRUBBED, Input, Rule, X
+from helpers.hypotheses import OTHER, RESAMPLED, UNSCRUBBED, Input, Rule, X
 from helpers.shortformer import ShortformerModel
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -27,8 +27,12 @@ IMPORTED = dict(
 def defined_in(notebook: str, function: str, **names):
     """A function of a notebook, with those that it calls and `names` around it."""
     (path,) = NOTEBOOKS.glob(f"{notebook}_*.ipynb")
-    sources = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and "def " in c.source]
-    known = {node.name: node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    sources = [
+        c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and "def " in c.source
+    ]
+    known = {
+        node.name: node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+    }
     called = {node.id for node in ast.walk(known[function]) if isinstance(node, ast.Name)} & known.keys()
     space = IMPORTED | names
     exec(compile(ast.Module([known[name] for name in {function, *called}], []), str(path), "exec"), space)
@@ -37,7 +41,9 @@ def defined_in(notebook: str, function: str, **names):
 
 L = 6
 N = 2 * L + 1
-INDUCTION = torch.nn.functional.one_hot(torch.where(torch.arange(N) > L, torch.arange(N) - (L - 1), 0), N).float()[None, None]
+INDUCTION = torch.nn.functional.one_hot(torch.where(torch.arange(N) > L, torch.arange(N) - (L - 1), 0), N).float()[
+    None, None
+]
 TOKENS = torch.cat([torch.tensor([0]), torch.arange(1, L + 1), torch.arange(1, L + 1)])[None]
 N_HEADS, LENGTH, ROLES = 4, 5, {"previous": (2,), "same": (0, 3)}
 
@@ -103,10 +109,14 @@ def test_positional_patterns_of_learned_positions_are_causal(tiny):
 
 
 def test_unscrubbed_share_counts_ingredients():
-    share = defined_in("06", "unscrubbed_share", layer_0_roles=ROLES, model=SimpleNamespace(cfg=SimpleNamespace(n_heads=N_HEADS)))
+    share = defined_in(
+        "06", "unscrubbed_share", layer_0_roles=ROLES, model=SimpleNamespace(cfg=SimpleNamespace(n_heads=N_HEADS))
+    )
     assert share(UNSCRUBBED, LENGTH) == 1
     assert share(RESAMPLED, LENGTH) == 0
-    naive_key = Input(OTHER, Rule(), (("previous", Rule(from_x=(1,))),))  # one head, one value a query, at all queries but the first
+    naive_key = Input(
+        OTHER, Rule(), (("previous", Rule(from_x=(1,))),)
+    )  # one head, one value a query, at all queries but the first
     total = sum(1 + 2 * N_HEADS * (q + 1) for q in range(LENGTH))
     assert share(naive_key, LENGTH) == pytest.approx((LENGTH - 1) / total)
     assert share(Input(X, Rule()), LENGTH, last_only=True) == 1 / (1 + 2 * N_HEADS * LENGTH)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from helpers import plots, views
+from helpers import diagrams, plots, views
 
 
 def saved(figure):
@@ -69,13 +69,13 @@ def test_labels_of_a_scatter_never_overlap():
 
 
 def test_the_circuit_has_the_parts_that_can_be_highlighted():
-    figure = saved(plots.circuit_diagram(("K-composition", "induction head")))
+    figure = saved(diagrams.circuit_diagram(("K-composition", "induction head")))
     coloured = {t.get_text() for t in figure.axes[0].texts if t.get_color() == plots.PALETTE[3]}
     assert any("K-composition" in text for text in coloured) and not any("OV" in text for text in coloured)
-    plain = plots.circuit_diagram()
+    plain = diagrams.circuit_diagram()
     assert not any(t.get_color() == plots.PALETTE[3] for t in plain.axes[0].texts)
     with pytest.raises(ValueError, match="MLP is no part"):
-        plots.circuit_diagram("MLP")
+        diagrams.circuit_diagram("MLP")
 
 
 def test_importing_plots_leaves_matplotlib_as_it_was():

@@ -43,7 +43,12 @@ def test_everything_is_written_where_the_report_finds_it(results, tmp_path):
     assert (folder / "losses.csv").read_text() == "loss_nats\n0.333333\n"
     assert found["quantity"].tolist() == ["score"] and list(found) == ["quantity", "mean", "low", "high", "n"]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["parameters"] == {"model_name": "some/where/m", "seed": 3, "names": ["a"], "output_dir": str(tmp_path)}
+    assert summary["parameters"] == {
+        "model_name": "some/where/m",
+        "seed": 3,
+        "names": ["a"],
+        "output_dir": str(tmp_path),
+    }
     assert summary["results"]["head"] == "L0H1" and "torch" in summary["versions"]
     assert summary["tables"] == ["losses", "headline"]
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from helpers import interventions, models, scrubbing, stats
+from helpers.hypotheses import OTHER, RESAMPLED, SCRUBBED, UNSCRUBBED, WHOLE, Hypothesis, Input, Rule, X
 from helpers.prompts import Prompts
-from helpers.scrubbing import OTHER, RESAMPLED, SCRUBBED, UNSCRUBBED, WHOLE, Hypothesis, Input, Rule, TextPool, X
+from helpers.scrubbing import TextPool
 
 N_HEADS, D_HEAD, D_MODEL, N_TEXTS, LENGTH, D_VOCAB = 4, 4, 16, 3, 5, 23
 INDUCTION, ROLES = (1, 3), {"previous": (2,), "same": (0, 3)}
