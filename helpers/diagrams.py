@@ -12,7 +12,7 @@ def graph(
     nodes: dict[str, tuple],
     edges: list[tuple],
     title: str = "",
-    size: tuple[float, float] = (13, 3.4),
+    size: tuple = (13, 3.4),
     colours: dict[str, object] | None = None,
 ) -> Figure:
     """Boxes and arrows: `nodes` are `{key: (text, x, y)}`, `edges` (from, to, text, colour, line width)."""

@@ -83,7 +83,8 @@ def q_values(values: Samples, above: float = 0.0, alternative: str = "greater") 
     Benjamini & Hochberg 1995. `alternative` is scipy's: "greater", "less" or "two-sided".
     """
     p = tests.ttest_1samp(_finite(values), above, axis=0, alternative=alternative).pvalue
-    return tests.false_discovery_control(np.nan_to_num(p, nan=1.0), axis=None)  # no spread at `above`: no evidence
+    p = np.nan_to_num(p, nan=1.0)  # no spread, and at `above`: no evidence
+    return tests.false_discovery_control(p, axis=None).reshape(p.shape)
 
 
 def _finite(values) -> np.ndarray:

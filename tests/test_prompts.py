@@ -1,9 +1,11 @@
 """Token batches: their shape, their promises, and what they refuse."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from helpers import prompts
 
@@ -97,7 +99,8 @@ class Tokenizer:
 
 def test_bos_is_an_id_that_the_model_has():
     def bos(tokenizer, **kwargs):
-        return prompts.bos_id(SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(d_vocab=10), **kwargs))
+        cfg = SimpleNamespace(d_vocab=10)
+        return prompts.bos_id(Mock(spec=TransformerBridge, tokenizer=tokenizer, cfg=cfg, **kwargs))
 
     assert bos(None) == 0 and bos(Tokenizer()) == 0
     assert bos(Tokenizer(bos_token_id=7, eos_token_id=5)) == 7
@@ -107,7 +110,8 @@ def test_bos_is_an_id_that_the_model_has():
 
 def test_letters_that_the_tokenizer_does_not_know_are_refused():
     with pytest.raises(ValueError, match="not 26 single tokens for tiny"):
-        prompts.letter_tokens(SimpleNamespace(tokenizer=Tokenizer(), cfg=SimpleNamespace(model_name="tiny")))
+        cfg = SimpleNamespace(model_name="tiny")
+        prompts.letter_tokens(Mock(spec=TransformerBridge, tokenizer=Tokenizer(), cfg=cfg))
 
 
 def test_derangement_leaves_nobody_in_place():
