@@ -9,12 +9,13 @@ logits are nan.
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.blocks import by_head
 from helpers.metrics import Metric, Tokens, position_in
+from helpers.prompts import derangement
 from helpers.stats import head_name, progress
 from helpers.sweep import Sweep
 
@@ -52,14 +53,6 @@ def ablate_together(
     _check_heads(model, [head for heads in sets for head in heads])
     sweep = Sweep(model, tokens, metric, frozen=how == ABLATIONS[3])
     return _together(sweep, sets, {"z": partial(_replacement, how=how, seed=seed)})
-
-
-def derangement(n: int, seed: int) -> Int[Tensor, "n"]:
-    """Another prompt for each of `n`: the next one along a random cycle through all of them."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    partner = torch.empty_like(order)
-    partner[order] = order.roll(1)
-    return partner
 
 
 def _check_ablation(how, tokens):
