@@ -89,7 +89,7 @@ def test_every_notebook_executes(executed, path):
     assert not errors
     assert (folder / path.name).stat().st_size < 3e6
     assert list((folder / path.stem / "figures").glob("*.png"))
-    assert f"## {path.stem}" in (folder / "report.md").read_text()
+    assert f"## [{path.stem}]" in (folder / "report.md").read_text()
 
 
 def numbers(value, name=""):
