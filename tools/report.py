@@ -46,7 +46,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def read_summaries(model_folder: Path) -> dict[str, dict]:
     """The summaries of one model's notebooks, by notebook, in order."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(model_folder.glob("*/summary.json"))}
+    return {path.parent.name: _read_json(path) for path in sorted(model_folder.glob("*/summary.json"))}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; run its notebook again ({error})") from None
 
 
 def is_estimate(value) -> bool:

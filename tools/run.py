@@ -105,12 +105,13 @@ def slug(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", readable) + "-" + hashlib.sha256(str(path).encode()).hexdigest()[:10]
 
 
-def find_notebooks(wanted: list[str] | None = None, folder: Path = NOTEBOOKS) -> list[Path]:
+def find_notebooks(wanted: list[str] | None = None, folder: Path | None = None) -> list[Path]:
     """Notebooks by number or by name, each once; all of them, in order, by default.
 
     Raises:
         ValueError: a number or name matches no notebook, or there are none.
     """
+    folder = folder or NOTEBOOKS
     present = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not present:
         raise ValueError(f"no notebooks in {folder}; run from a clone of the repository")
@@ -124,12 +125,27 @@ def find_notebooks(wanted: list[str] | None = None, folder: Path = NOTEBOOKS) ->
 
 
 def read_notebook(path: Path) -> NotebookNode:
-    return nbformat.read(path, as_version=4)
+    """A notebook of format 4.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+        raise ValueError(f"{path} is damaged or no notebook; restore it, or make it anew ({error})") from None
 
 
 def parameters_cell(notebook: NotebookNode) -> int:
-    """The index of the cell tagged `parameters`."""
-    return next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    """The index of the cell tagged `parameters`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for index, cell in enumerate(notebook.cells):
+        if "parameters" in cell.metadata.get("tags", []):
+            return index
+    raise ValueError("a notebook has no cell tagged 'parameters'; tag the one that sets model_name and the sizes")
 
 
 def check_parameters(path: Path, values: dict[str, str]) -> dict:
@@ -263,11 +279,7 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
 
 
 async def _run_all(jobs: list[Job], n_parallel: int, staging: Path, errors: dict[str, str | None]) -> None:
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(NotImplementedError):  # Windows
-            # Once: a second interrupt must not keep the first from ending the kernels.
-            loop.add_signal_handler(number, lambda: task.cancelling() or task.cancel())
+    _end_on_signals(asyncio.get_running_loop(), asyncio.current_task())
     places = asyncio.Semaphore(n_parallel)
     environment = kernel_environment(n_parallel)
     n_cells = sum(len(read_notebook(job.notebook).cells) + 1 for job in jobs)
@@ -278,6 +290,21 @@ async def _run_all(jobs: list[Job], n_parallel: int, staging: Path, errors: dict
                 errors[job.label] = await _run_job(job, staging, environment, bar)
 
         await asyncio.gather(*map(in_turn, jobs))
+
+
+def _end_on_signals(loop: asyncio.AbstractEventLoop, task: asyncio.Task) -> None:
+    """Cancel the task at the first interrupt or order to end; later ones must not disturb what ends the kernels."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def end():
+        for number in signals:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+        task.cancel()
+
+    for number in signals:
+        with suppress(NotImplementedError):  # Windows
+            loop.add_signal_handler(number, end)
 
 
 def kernel_environment(n_parallel: int = 1) -> dict[str, str]:
