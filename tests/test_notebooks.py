@@ -178,3 +178,8 @@ def test_committed_notebooks_are_small_clean_and_current(path, model):
     assert ran == [c.source for c in nbformat.read(path, as_version=4).cells]
     outputs = [o for c in content.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
+    # Neither warnings nor places of the machine that it ran on, nor what differs from run to run.
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    shown = [str(o.get("text", "")) + o.get("data", {}).get("text/plain", "") for o in outputs]
+    assert not re.findall(r"site-packages|/root/|/home/|/tmp/|/Users/|0x[0-9a-f]{8,}", "".join(shown))
+    assert not [c for c in content.cells if c.metadata.get("execution")]
