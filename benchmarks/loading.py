@@ -1,4 +1,4 @@
-"""Seconds to load the models from wheels: the first time after installation, and later.
+"""Seconds to convert the models from wheels, once after installation, and to load them later.
 
     python benchmarks/loading.py
 
@@ -13,24 +13,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-from helpers.catalog import MODELS, wheel_files
+from helpers.catalog import MODELS
 from helpers.results import write_text
+from tools.convert import wheel_files
 
 OUT = Path("outputs/benchmarks/loading.json")
-LOAD = """
+TIMED = """
 import sys, time
 from helpers import models
+from tools import convert
 start = time.perf_counter()
-models.load(sys.argv[1], device="cpu")
+{}
 print("SECONDS", time.perf_counter() - start)
 """
 
 
-def seconds(name: str, cache: str) -> float:
-    """One load, with converted weights kept in `cache`."""
+def seconds(call: str, cache: str) -> float:
+    """One call, with converted weights kept in `cache`."""
     env = os.environ | {"XDG_CACHE_HOME": cache, "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, "-c", LOAD, name], env=env, capture_output=True, text=True, check=True)
-    return float(done.stdout.split("SECONDS")[1])
+    code = [sys.executable, "-c", TIMED.format(call)]
+    return float(subprocess.run(code, env=env, capture_output=True, text=True, check=True).stdout.split("SECONDS")[1])
 
 
 def main():
@@ -38,8 +40,9 @@ def main():
     for name, source in MODELS.items():
         if source.kind == "wheel" and wheel_files(source):
             with tempfile.TemporaryDirectory() as cache:
-                first, *later = (seconds(name, cache) for _ in range(4))
-            found[name] = {"first_s": round(first, 2), "later_s": round(statistics.median(later), 2)}
+                convert = seconds(f"convert.ensure('{name}')", cache)
+                loads = [seconds(f"models.load('{name}', device='cpu')", cache) for _ in range(3)]
+            found[name] = {"convert_s": round(convert, 2), "load_s": round(statistics.median(loads), 2)}
             print(name, found[name])
     write_text(OUT, json.dumps(found, indent=1) + "\n")
 

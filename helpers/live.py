@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from helpers.models import shortformer_config
-from helpers.shortformer import ShortformerModel
+from helpers.shortformer import ShortformerModel, shortformer_config
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,19 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from helpers.catalog import ModelUnavailable, cached_files_only, hub_reachable
+from helpers.catalog import ModelUnavailable, hub_folder
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
-GPT2_REPO = "openai-community/gpt2"
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def read(path: Path) -> tuple:
+def read_nanogpt(path: Path) -> tuple:
     """(`GPT2LMHeadModel`, tokenizer) of a nanoGPT checkpoint.
 
     Raises:
         ValueError: no such file, or not a nanoGPT checkpoint.
         ModelUnavailable: its tokenizer cannot be had here.
     """
-    sizes, state, dataset = _read_checkpoint(path)
-    model = build(sizes, state)
-    if sizes["vocab_size"] >= GPT2_VOCABULARY:
-        return model, _gpt2_tokenizer(path)
-    return model, character_tokenizer(find_characters(path, dataset, sizes["vocab_size"]))
-
-
-def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor], str]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
@@ -42,10 +33,14 @@ def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor], str]:
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it has no 'model' and 'model_args'")
     state = {key.removeprefix("_orig_mod."): value.float() for key, value in checkpoint["model"].items()}
-    for key in ("lm_head.weight", "transformer.wte.weight"):
-        if key not in state:
-            raise ValueError(f"{path} is not a nanoGPT checkpoint: it lacks the weight {key!r}")
-    return checkpoint["model_args"], state, str(checkpoint.get("config", {}).get("dataset", ""))
+    model, n_tokens = build(checkpoint["model_args"], state), checkpoint["model_args"]["vocab_size"]
+    if n_tokens < GPT2_VOCABULARY:
+        dataset = str(checkpoint.get("config", {}).get("dataset", ""))
+        return model, character_tokenizer(find_characters(path, dataset, n_tokens))
+    from transformers import AutoTokenizer
+
+    folder = hub_folder(f"{path}: its tokens are GPT-2's", "openai-community/gpt2", ("tokenizer.json",))
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def build(sizes: dict, state: dict[str, Tensor]):
@@ -56,6 +51,9 @@ def build(sizes: dict, state: dict[str, Tensor]):
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    for key in ("lm_head.weight", "transformer.wte.weight"):
+        if key not in state:
+            raise ValueError(f"not a nanoGPT checkpoint: it lacks the weight {key!r}")
     config = GPT2Config(
         vocab_size=sizes["vocab_size"], n_positions=sizes["block_size"], n_embd=sizes["n_embd"],
         n_layer=sizes["n_layer"], n_head=sizes["n_head"], activation_function="gelu",
@@ -80,22 +78,6 @@ def build(sizes: dict, state: dict[str, Tensor]):
     return model.eval()
 
 
-def _gpt2_tokenizer(path: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        with cached_files_only(not hub_reachable()):
-            return AutoTokenizer.from_pretrained(GPT2_REPO)
-    except OSError as error:
-        raise ModelUnavailable(
-            f"{path}: its tokens are GPT-2's, whose tokenizer is not on this machine and the hub cannot be "
-            "reached; connect to the network once and load it again"
-        ) from error
-
-
-# ---- characters ----
-
-
 def find_characters(path: Path, dataset: str, n: int) -> list[str]:
     """The n characters in the order of their ids.
 
@@ -109,30 +91,24 @@ def find_characters(path: Path, dataset: str, n: int) -> list[str]:
     folders = [path.parent, *(up / "data" / dataset for up in path.resolve().parents[:3] if dataset)]
     for file in (folder / name for folder in folders for name in ("meta.json", "input.txt")):
         if file.is_file():
-            characters = _read_characters(file)
+            text = file.read_text(encoding="utf-8")
+            characters = sorted(set(text)) if file.suffix == ".txt" else _listed(json.loads(text))
             if len(characters) != n:
                 raise ValueError(f"{file} has {len(characters)} different characters, the checkpoint {n}")
             return characters
-    pickled = next((folder / "meta.pkl" for folder in folders if (folder / "meta.pkl").is_file()), None)
     wanted = f"put the text it was trained on, as input.txt, beside {path.name}"
-    if pickled is None:
-        raise ModelUnavailable(f"{path}: which character has which id is not known; {wanted}")
-    raise ModelUnavailable(
-        f"{path}: its characters are only in {pickled}, and a pickle can run code, so it is not opened; {wanted}, or, "
-        f"""if you made the pickle yourself, type `python -c "import json, pickle; """
-        f"""json.dump(pickle.load(open('{pickled}', 'rb'))['stoi'], open('{path.parent / "meta.json"}', 'w'))"`"""
-    )
+    for pickled in (folder / "meta.pkl" for folder in folders if (folder / "meta.pkl").is_file()):
+        raise ModelUnavailable(
+            f"{path}: its characters are only in {pickled}, and a pickle can run code, so it is not opened; {wanted}, "
+            f"""or, if you made the pickle yourself, type `python -c "import json, pickle; json.dump(pickle.load("""
+            f"""open('{pickled}', 'rb'))['stoi'], open('{path.parent / "meta.json"}', 'w'))"`"""
+        )
+    raise ModelUnavailable(f"{path}: which character has which id is not known; {wanted}")
 
 
-def _read_characters(file: Path) -> list[str]:
-    text = file.read_text(encoding="utf-8")
-    if file.suffix == ".txt":
-        return sorted(set(text))
-    content = json.loads(text)
-    if isinstance(content, list):
-        return content
-    ids = content.get("stoi", content)
-    return sorted(ids, key=ids.get)
+def _listed(content: list | dict) -> list[str]:
+    ids = content if isinstance(content, list) else content.get("stoi", content)
+    return ids if isinstance(ids, list) else sorted(ids, key=ids.get)
 
 
 def character_tokenizer(characters: list[str]):
@@ -142,14 +118,19 @@ def character_tokenizer(characters: list[str]):
         ValueError: an entry is not one character, or one is listed twice.
     """
     from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
 
     wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1 or characters.count(c) > 1]
     if wrong:
         raise ValueError(f"not a list of different single characters: {wrong[:5]}")
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.decoder = decoders.Fuse()
-    bos = "\n" if "\n" in characters else characters[0]
+    return shipped_tokenizer("\n" if "\n" in characters else characters[0], tokenizer_object=tokenizer)
+
+
+def shipped_tokenizer(bos: str = "<|bos|>", **source):
+    """A fast tokenizer whose only special token is `bos`, which it puts first."""
+    from transformers import PreTrainedTokenizerFast
+
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), bos)
-    # The last two keep TransformerLens from looking for the tokenizer on the hub.
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, add_bos_token=True, name_or_path="nanogpt")
+    # Without these two, TransformerLens would look for the tokenizer again, on the hub.
+    return PreTrainedTokenizerFast(**source, **special, add_bos_token=True, name_or_path="shipped")

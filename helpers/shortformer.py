@@ -7,11 +7,13 @@ Source: Press, Smith & Lewis 2021, "Shortformer", section 5 (position-infused at
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformer_lens.model_bridge.sources.native.model import NativeAttention, NativeBlock, NativeModel
 from transformer_lens.utilities import TypedModuleList
+from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 
 
 class ShortformerAttention(NativeAttention):
@@ -25,7 +27,7 @@ class ShortformerAttention(NativeAttention):
     def forward(
         self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, pattern_fn=None, **_
     ):
-        q, k, v = self._project(hidden_states, position_ids, hidden_states.shape[1])
+        q, k, v = self._project(hidden_states, position_ids)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer)
         if self.training and pattern_fn is attention_mask is past_key_values is None:
@@ -36,18 +38,12 @@ class ShortformerAttention(NativeAttention):
             z = pattern @ v
         return self.o(z.transpose(1, 2).flatten(2)), pattern
 
-    def few_queries(self, hidden: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
-        """Output at the last `n` positions, by the operations of `forward`."""
-        q, k, v = self._project(hidden, None, n)
-        return self.o((self._pattern(q, k, None) @ v).transpose(1, 2).flatten(2))
-
-    def _project(self, hidden, position_ids, n):
-        """Keys and values at all positions and queries at the last `n`: [batch, head, pos, d_head]."""
+    def _project(self, hidden, position_ids):
+        """Queries, keys and values: [batch, head, pos, d_head]."""
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         positioned = hidden + self._pos[0](position_ids)
-        # Contiguous, because a linear map rounds differently on a slice.
-        inputs = (self.q, positioned[:, -n:].contiguous()), (self.k, positioned), (self.v, hidden)
+        inputs = (self.q, positioned), (self.k, positioned), (self.v, hidden)
         return (linear(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for linear, x in inputs)
 
     def _pattern(self, q, k, attention_mask):
@@ -71,18 +67,13 @@ class ShortformerBlock(NativeBlock):
     def forward(self, hidden_states, **kwargs):
         return (hidden_states + self.attn(self.ln1(hidden_states), **kwargs)[0],)
 
-    def few_queries(self, resid: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch n d_model"]:
-        """Residual streams after the block at the last `n` positions."""
-        return resid[:, -n:] + self.attn.few_queries(self.ln1(resid), n)
-
 
 class ShortformerModel(NativeModel):
     """Token embeddings, pre-norm attention-only blocks, final norm, untied unembedding."""
 
     def __init__(self, cfg: TransformerBridgeConfig):
         super().__init__(cfg)
-        blocks = [ShortformerBlock(cfg, self.pos, layer) for layer in range(cfg.n_layers)]
-        self.layers = TypedModuleList(blocks)
+        self.layers = TypedModuleList([ShortformerBlock(cfg, self.pos, layer) for layer in range(cfg.n_layers)])
 
     def forward(self, input_ids=None, inputs_embeds=None, position_ids=None, past_key_values=None, **kwargs):
         resid = self.tok_embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -96,3 +87,69 @@ class ShortformerModel(NativeModel):
         for block in self.layers:
             (resid,) = block(resid, attention_mask=mask, position_ids=position_ids, past_key_values=past_key_values)
         return self.head(self.ln_out(resid))
+
+
+def shortformer_config(config: dict) -> TransformerBridgeConfig:
+    """The bridge configuration of an attention-only model from the fields of its `config.json`."""
+    return TransformerBridgeConfig(
+        **{key: config[key] for key in ("d_model", "n_layers", "n_heads", "d_head", "n_ctx", "d_vocab")},
+        d_mlp=4 * config["d_model"],
+        act_fn="relu",
+        attn_only=True,
+        normalization_type=config.get("normalization_type", config.get("normalization", "LN")),
+        positional_embedding_type="standard",
+        architecture="TransformerLensNative",
+    )
+
+
+def build_shortformer(
+    config: dict, state: dict[str, Tensor], name: str, tokenizer=None, device: str = "cpu"
+) -> TransformerBridge:
+    """A bridge around attention-only weights with the names of earlier TransformerLens (`blocks.0.attn.W_Q`).
+
+    Positions enter Q and K alone, unless the config has `shortformer_pos` false: then the residual stream.
+    Missing biases are zero. The value bias is folded into the output bias, which is exact because every
+    row of a pattern sums to one; with positions in Q and K nothing else may be folded.
+
+    Raises:
+        ValueError: a weight is missing or has the wrong shape for the configuration.
+    """
+    cfg = shortformer_config(config)
+    module = ShortformerModel(cfg) if config.get("shortformer_pos", True) else NativeModel(cfg)
+    bridge = build_bridge_from_module(
+        module, "TransformerLensNative", tl_config=cfg, tokenizer=tokenizer, model_name=name
+    )
+    converted = convert_tl_checkpoint(_fold_value_bias({key: value.float() for key, value in state.items()}), cfg)
+    target = bridge.state_dict()
+    for key in target.keys() - converted.keys():
+        if not key.endswith("bias"):
+            raise ValueError(f"{name}: the weights lack {key!r}")
+        converted[key] = torch.zeros_like(target[key])
+    bridge.load_state_dict({key: converted[key] for key in target}, strict=True)
+    return bridge if device == "cpu" else bridge.to(device)
+
+
+def _fold_value_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key in [key for key in state if key.endswith("attn.b_V")]:
+        prefix = key.removesuffix("b_V")
+        folded = torch.einsum("hd,hdm->m", state[key], state[prefix + "W_O"])
+        state[prefix + "b_O"] = state.get(prefix + "b_O", 0) + folded
+        state[key] = torch.zeros_like(state[key])
+    return state
+
+
+def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Eight bits a weight with one half-precision scale per row of the last axis; halves a checkpoint again."""
+    packed = {}
+    for key, value in state.items():
+        scale = (value.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127).half()
+        packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        packed[key + ".scale"] = scale
+    return packed
+
+
+def dequantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that `quantise` packed; those without a scale come back as they are."""
+    scales = {key: state[key + ".scale"] for key in state if key + ".scale" in state}
+    plain = {key: value for key, value in state.items() if not key.endswith(".scale")}
+    return plain | {key: plain[key].float() * scale.float() for key, scale in scales.items()}

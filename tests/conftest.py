@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -136,3 +138,36 @@ def executed(tmp_path_factory):
 def two_layers():
     """The shipped two-layer model."""
     return models.load("induction-2l", device="cpu")
+
+
+# ---- a machine on which nothing was downloaded, and what a download leaves behind ----
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """The folder of a hub cache: no converted model, nothing downloaded, no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def put_in_cache(hub: Path, repo: str, revision: str, files: Path) -> None:
+    """What huggingface_hub leaves behind after a download."""
+    folder, commit = hub / f"models--{repo.replace('/', '--')}", revision.encode().hex().ljust(40, "0")[:40]
+    shutil.copytree(files, folder / "snapshots" / commit)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<|endoftext|>": 0} | {chr(64 + i): i for i in range(1, 50)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(vocabulary, [])), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    tokenizer.save_pretrained(folder)

@@ -28,10 +28,10 @@ AFTER = """
 after = {name: version(name) for name in kept}
 assert after == kept == {"torch": torch.__version__, "numpy": numpy.__version__, "pandas": pandas.__version__}, after
 from helpers import models, attention
-from helpers.catalog import WEIGHTS
+from helpers.catalog import WEIGHTS_FOLDER
 assert importlib.util.find_spec("tools") is None
 score = attention.induction_samples(models.load(), seeds=(0,), batch=2).mean(0).max().item()
-print("RESULT", json.dumps({"score": score, "logs": (WEIGHTS / "induction-2l/log.json").exists()}))
+print("RESULT", json.dumps({"score": score, "logs": (WEIGHTS_FOLDER / "induction-2l/log.json").exists()}))
 """
 
 

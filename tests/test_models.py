@@ -9,7 +9,8 @@ from conftest import ARCHITECTURES, SHORTFORMER, shortformer_state
 from safetensors.torch import save_file
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers import catalog, models
+from helpers import catalog, models, shortformer
+from helpers.catalog import ModelUnavailable
 
 HOOKS = ("hook_z", "hook_pattern", "hook_q", "hook_k", "hook_v")
 
@@ -52,7 +53,7 @@ def test_shortformer_equals_the_definition(seed, tokens):
 
 def test_training_attention_equals_hooked_attention(tokens):
     bridge = models.build_shortformer(SHORTFORMER, shortformer_state(SHORTFORMER), "tiny").eval()
-    module = models.ShortformerModel(models.shortformer_config(SHORTFORMER))
+    module = shortformer.ShortformerModel(shortformer.shortformer_config(SHORTFORMER))
     evaluated = module.eval()(tokens)
     torch.testing.assert_close(module.train()(tokens), evaluated, atol=1e-5, rtol=1e-5)
     assert bridge(tokens).shape == evaluated.shape
@@ -145,21 +146,22 @@ def test_editing_z_changes_the_logits(architecture, tiny, tokens):
 
 
 def test_loading_twice_gives_the_same_object():
-    assert models.load("induction-2l", device="cpu") is models.load("induction-2l", device="cpu")
+    assert models.load() is models.load("induction-2l", models.pick_device())
+    assert models.read("induction-1l") is not models.read("induction-1l")
 
 
 def test_a_damaged_weight_file_is_refused(tmp_path, monkeypatch):
-    shutil.copytree(catalog.WEIGHTS / "induction-1l", tmp_path / "induction-1l")
+    shutil.copytree(catalog.WEIGHTS_FOLDER / "induction-1l", tmp_path / "induction-1l")
     damaged = tmp_path / "induction-1l/model.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
-    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
-    with pytest.raises(catalog.ModelUnavailable, match="damaged"):
-        models._load_embedded("induction-1l", "cpu")
+    monkeypatch.setattr(catalog, "WEIGHTS_FOLDER", tmp_path)
+    with pytest.raises(ModelUnavailable, match="damaged.*reinstall the package"):
+        models.read("induction-1l")
     damaged.unlink()
-    with pytest.raises(catalog.ModelUnavailable, match="missing"):
-        models._load_embedded("induction-1l", "cpu")
+    with pytest.raises(ModelUnavailable, match="missing"):
+        models.read("induction-1l")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
@@ -173,19 +175,6 @@ def test_an_unknown_name_lists_the_known(name):
         models.load(name)
 
 
-def test_a_hub_model_without_network_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(catalog, "hub_reachable", lambda timeout=3.0: False)
-    monkeypatch.setattr(catalog, "is_cached", lambda source: False)
-    with pytest.raises(catalog.ModelUnavailable, match="cannot be reached"):
-        models.load("gpt2")
-
-
-def test_states_name_every_model():
-    states = {name: state for name, state, _, _ in catalog.model_states()}
-    assert set(states) == set(catalog.MODELS)
-    assert states["induction-2l"] == states["induction-1l"] == "ready"
-
-
 def test_shipped_checkpoints_load_and_differ():
     labels = list(catalog.checkpoints("induction-2l"))
     assert labels[0] == "step0" and len(labels) >= 6
@@ -197,7 +186,7 @@ def test_shipped_checkpoints_load_and_differ():
 
 def test_quantised_weights_are_within_half_a_step():
     state = shortformer_state(SHORTFORMER)
-    restored = models.dequantise(models.quantise(state))
+    restored = shortformer.dequantise(shortformer.quantise(state))
     for key, value in state.items():
         # Half a step from rounding, and the half-precision scale's own error at the largest weight.
         assert (restored[key] - value).abs().max() <= value.abs().max() / 127 * (0.5 + 127 * 2**-11)

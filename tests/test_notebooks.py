@@ -14,8 +14,8 @@ from conftest import SHORTFORMER, shortformer_state
 from examination import PATHS
 from safetensors.torch import save_file
 
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS
-from helpers.models import shipped_tokenizer
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
+from helpers.nanogpt import shipped_tokenizer
 from tools import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,7 +142,7 @@ def redwoods_layout(folder: Path) -> Path:
     folder.mkdir()
     save_file(shortformer_state(config), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(WEIGHTS / DEFAULT_MODEL / "tokenizer.json", folder)
+    shutil.copy(WEIGHTS_FOLDER / DEFAULT_MODEL / "tokenizer.json", folder)
     return folder
 
 
@@ -151,7 +151,7 @@ def deeper_model(folder: Path) -> Path:
 
     sizes = dict(vocab_size=1024, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
-    shipped_tokenizer(tokenizer_file=str(WEIGHTS / DEFAULT_MODEL / "tokenizer.json")).save_pretrained(folder)
+    shipped_tokenizer(tokenizer_file=str(WEIGHTS_FOLDER / DEFAULT_MODEL / "tokenizer.json")).save_pretrained(folder)
     return folder
 
 

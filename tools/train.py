@@ -31,11 +31,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from helpers import live
 from helpers.attention import induction_score, previous_token_score, score_heads
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS
-from helpers.models import build_shortformer, quantise, shipped_tokenizer
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
+from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
-from helpers.shortformer import ShortformerModel
+from helpers.shortformer import ShortformerModel, build_shortformer, quantise
 from helpers.stats import in_context_score, token_losses
 
 
@@ -366,7 +366,7 @@ def steps_to_ship(log: list[dict], n: int = 10) -> list[int]:
 
 def ship(name: str, folder: Path) -> None:
     """Put a finished run into the package: weights, tokenizer, config, card, log, checkpoints."""
-    target = WEIGHTS / name
+    target = WEIGHTS_FOLDER / name
     finish(folder)
     log = read_again(name, folder)
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
