@@ -3,7 +3,6 @@
 import argparse
 import ast
 import asyncio
-import hashlib
 import json
 import math
 import operator
@@ -28,7 +27,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from tqdm import tqdm
 
-from helpers.catalog import DEFAULT_MODEL, resolve
+from helpers.catalog import DEFAULT_MODEL, resolve, slug
 from helpers.results import write_text
 from tools.report import write_report
 
@@ -91,18 +90,6 @@ class Job:
     @property
     def label(self) -> str:
         return f"{self.notebook.stem} on {slug(self.model)}"
-
-
-def slug(model: str) -> str:
-    """The name of a model's folder in the outputs, which two models never share.
-
-    A name of the table stands for itself, a hub id has `--` for `/`, a path ends in a hash of where it lies.
-    """
-    if resolve(model).kind not in ("folder", "nanogpt"):
-        return model.replace("/", "--")
-    path = Path(model).expanduser().resolve()
-    readable = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
-    return re.sub(r"[^\w.-]+", "-", readable) + "-" + hashlib.sha256(str(path).encode()).hexdigest()[:10]
 
 
 def find_notebooks(wanted: list[str] | None = None, folder: Path | None = None) -> list[Path]:

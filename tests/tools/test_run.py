@@ -7,6 +7,7 @@ import pytest
 from examination import PATHS
 from tiny_series import contents, good, write_notebook
 
+from helpers import catalog
 from tools import run
 from tools.__main__ import COMMANDS, main
 
@@ -97,10 +98,10 @@ def test_two_models_never_share_a_folder(notebooks, tmp_path, monkeypatch):
     for folder in ("a", "b"):
         (tmp_path / folder / "model").mkdir(parents=True)
     names = ["a/model", "b/model", "a/ckpt.pt", "b/ckpt.pt", "owner/model", "other/model", "induction-2l"]
-    slugs = [run.slug(name) for name in names]
+    slugs = [catalog.slug(name) for name in names]
     assert len(set(slugs)) == len(names) and not any("/" in slug for slug in slugs)
     assert slugs[0].startswith("model-") and slugs[2].startswith("a-ckpt-") and slugs[-1] == "induction-2l"
-    assert run.slug("./a/model") == slugs[0] == run.slug(str(tmp_path / "a/model"))
+    assert catalog.slug("./a/model") == slugs[0] == catalog.slug(str(tmp_path / "a/model"))
     once = run.find_notebooks(["1", "01", "01_good"], notebooks)
     assert len(run.plan(["a/model", "./a/model", "b/model"], once, tmp_path, {})) == 2
 
