@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from helpers import plots
@@ -42,7 +43,7 @@ def model_of(layers: int, heads: int, device: str) -> TransformerBridge:
         bos_token_id=0, eos_token_id=0, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(device)
-    bridge = TransformerBridge.boot_transformers("random-llama", hf_model=model, tokenizer=None)
+    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=config, model_name="random-llama")
     return bridge.eval().requires_grad_(False)
 
 
