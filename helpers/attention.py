@@ -75,16 +75,6 @@ def bos_score(pattern: Pattern) -> Score:
     return pattern[..., 1:, 0].mean(-1)
 
 
-def stripe_share(pattern: Pattern, length: int) -> Score:
-    """Attention on the induction stripe over all attention: `detect_head`'s `mul` measure.
-
-    A perfect induction head scores length / (2 length + 1), so it is never mixed with
-    `induction_score`. Source: TransformerLens `head_detector.py`, error_measure="mul".
-    """
-    stripe = pattern.diagonal(-(length - 1), -2, -1)[..., 2:].sum(-1)
-    return stripe / pattern.sum((-2, -1))
-
-
 def score_heads(
     model: TransformerBridge,
     tokens: Int[Tensor, "batch pos"],
@@ -95,25 +85,25 @@ def score_heads(
     """Apply `score(pattern)`, or `score(pattern, tokens)`, to every head, a layer and a few prompts at a time.
 
     Patterns are reduced inside the hook, so memory does not grow with the number of layers.
+
+    Raises:
+        ValueError: the batch is empty.
     """
     if tokens.numel() == 0:
         raise ValueError(f"empty batch of shape {tuple(tokens.shape)}")
-    parts = progress(tokens.split(chunk or rows_at_a_time(tokens)), "scores")
-    return torch.cat(
-        [_score_chunk(model, part, (lambda p, t=part: score(p, t)) if with_tokens else score) for part in parts]
-    )
-
-
-def _score_chunk(model, tokens, score):
-    scores: dict[str, Tensor] = {}
-
-    def read(pattern, hook):
-        scores[hook.name] = score(pattern).float().cpu()
-
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
+    scores: dict[str, list[Tensor]] = {name: [] for name in names}
     with torch.inference_mode():
-        model.run_with_hooks(tokens, fwd_hooks=[(name, read) for name in names], return_type=None)
-    return torch.stack([scores[name] for name in names], dim=1)
+        for part in progress(tokens.split(chunk or rows_at_a_time(tokens)), "scores"):
+            extra = (part,) if with_tokens else ()
+            hooks = [(n, lambda p, hook, t=extra: scores[hook.name].append(score(p, *t).float().cpu())) for n in names]
+            model.run_with_hooks(part, fwd_hooks=hooks, return_type=None)
+    return torch.stack([torch.cat(scores[name]) for name in names], dim=1)
+
+
+def strongest(samples: Float[Tensor, "sample layer head"]) -> tuple[int, int]:
+    """Layer and head, counted from zero, of the largest mean."""
+    return divmod(int(samples.mean(0).argmax()), samples.shape[2])
 
 
 def patterns_of(model: TransformerBridge, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "layer head query key"]:
@@ -126,12 +116,8 @@ def induction_samples(
     model: TransformerBridge, seeds: tuple[int, ...] = (0, 1, 2), length: int = 50, batch: int = 8
 ) -> Float[Tensor, "sample layer head"]:
     """Induction scores on repeated random tokens, one sample per prompt, all seeds together."""
-    return torch.cat(
-        [
-            score_heads(model, repeated_tokens(model, length, batch, seed), lambda p: induction_score(p, length))
-            for seed in seeds
-        ]
-    )
+    prompts = (repeated_tokens(model, length, batch, seed) for seed in seeds)
+    return torch.cat([score_heads(model, tokens, lambda p: induction_score(p, length)) for tokens in prompts])
 
 
 def previous_token_samples(

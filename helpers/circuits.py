@@ -14,9 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities.matrix import composition_scores
-
-from helpers.shortformer import ShortformerModel
 
 
 @dataclass(frozen=True)
@@ -94,14 +91,14 @@ def token_vectors(
     if not 0 <= blocks <= model.cfg.n_layers:
         raise ValueError(f"cannot take tokens through {blocks} of {model.cfg.n_layers} blocks")
     if blocks == 0:
-        return _normalised(model.W_E[tokens], model.cfg)
+        return normalised(model.W_E[tokens], model.cfg)
     hook = f"blocks.{blocks - 1}.hook_resid_post"
     with torch.inference_mode():
         _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=blocks)
-    return _normalised(cache[hook][:, 0], model.cfg)
+    return normalised(cache[hook][:, 0], model.cfg)
 
 
-def _normalised(vectors: Float[Tensor, "*rest d_model"], cfg) -> Float[Tensor, "*rest d_model"]:
+def normalised(vectors: Float[Tensor, "*rest d_model"], cfg) -> Float[Tensor, "*rest d_model"]:
     if cfg.normalization_type is None:
         return vectors
     if "RMS" not in cfg.normalization_type:
@@ -134,32 +131,6 @@ def best_column(
     return torch.cat([(part @ right).argmax(-1) for part in left.split(chunk)])
 
 
-def positional_patterns(model: TransformerBridge, length: int = 64) -> Float[Tensor, "layer head query key"]:
-    """The attention that learned positions alone would give, tokens contributing nothing.
-
-    Raises:
-        ValueError: the model has no learned absolute positions.
-    """
-    if model.cfg.positional_embedding_type != "standard":
-        raise ValueError(f"{model.cfg.model_name} has {model.cfg.positional_embedding_type} positions, no W_pos")
-    patterns = []
-    for block, W_Q, W_K in zip(model.blocks, model.W_Q, model.W_K):
-        x = _positions(model, block)[:length]
-        q, k = x @ W_Q + block.attn.b_Q[:, None], x @ W_K + block.attn.b_K[:, None]
-        scores = q @ k.mT / math.sqrt(model.cfg.d_head)
-        future = torch.ones(len(x), len(x), device=x.device).triu(1).bool()
-        patterns.append(scores.masked_fill(future, -math.inf).softmax(-1))
-    return torch.stack(patterns)
-
-
-def _positions(model, block) -> Float[Tensor, "n_ctx d_model"]:
-    if not isinstance(model.original_model, ShortformerModel):
-        return _normalised(model.W_pos, model.cfg)
-    # Added after the norm here, so the norm's gain does not apply to them; its bias stands beside them.
-    bias = getattr(block.ln1, "bias", None)
-    return model.W_pos if bias is None else model.W_pos + bias
-
-
 # ---- pairs of heads ----
 
 
@@ -182,16 +153,6 @@ def _pair_norms(left: Float[Tensor, "head inner d_model"], columns, right_shape)
     layers, heads, _, inner = right_shape
     products = left.flatten(0, 1) @ columns
     return products.view(*left.shape[:2], layers, heads, inner).norm(dim=(1, 4))
-
-
-def random_composition(
-    d_model: int, d_head: int, n: int = 64, seed: int = 0, device: str = "cpu"
-) -> Float[Tensor, "n"]:
-    """Composition scores of `n` pairs of random Gaussian matrices of rank d_head: what no relation gives."""
-    generator = torch.Generator().manual_seed(seed)
-    read, write = (torch.randn(2, n, d_model, d_head, generator=generator) for _ in range(2))
-    pairs = FactoredMatrix(read.to(device), write.mT.to(device))
-    return composition_scores(pairs[0], pairs[1], broadcast_dims=False)
 
 
 # ---- inside a head ----

@@ -1,7 +1,9 @@
 """Token batches. Every batch is a tensor of token ids that starts with BOS; strings are never
 passed to a model, because tokenisers and TransformerLens differ in how they treat BOS."""
 
+import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,10 +39,11 @@ class Pair:
 
 
 def bos_id(model: TransformerBridge) -> int:
-    """The id put at position 0: BOS, else the end-of-text token, else token 0."""
+    """The id put at position 0: the one that the table of models names, else BOS, end of text, or token 0."""
     tokenizer = model.tokenizer
-    ids = (getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
-    return next(i for i in ids if i is not None)
+    ids = [getattr(model, "first_token_id", None)]
+    ids += [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")]
+    return next((i for i in ids if isinstance(i, int) and 0 <= i < model.cfg.d_vocab), 0)
 
 
 def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "n_ordinary"]:
@@ -51,11 +54,33 @@ def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "n_ordinary"]:
     if model.tokenizer is None:
         return torch.arange(1, model.cfg.d_vocab)
     n = min(model.cfg.d_vocab, len(model.tokenizer))
-    special = set(model.tokenizer.all_special_ids)
+    special = {bos_id(model), *model.tokenizer.all_special_ids}
     special |= {i for i, token in model.tokenizer.added_tokens_decoder.items() if token.special}
     texts = model.tokenizer.batch_decode([[i] for i in range(n)])
-    keep = [i for i, text in enumerate(texts) if i not in special and _is_plain(text)]
-    return torch.tensor(keep)
+    return torch.tensor([i for i, text in enumerate(texts) if i not in special and _is_plain(text)])
+
+
+def fitting(model: TransformerBridge, length: int, copies: int = 2) -> int:
+    """The length asked for, or the largest at which BOS and `copies` copies fit a tiny model.
+
+    They must fit the context, and the vocabulary must hold as many different tokens, which the
+    unrepeated control draws.
+
+    Raises:
+        ValueError: not even two tokens fit.
+    """
+    n_ctx, n_ordinary = model.cfg.n_ctx, len(ordinary_tokens(model))
+    length = min(length, (n_ctx - 1) // copies, n_ordinary // copies)
+    if length < 2:
+        raise ValueError(f"{copies} copies of 2 tokens do not fit {n_ctx} positions and {n_ordinary} ordinary tokens")
+    return length
+
+
+def derangement(n: int, seed: int | torch.Generator) -> Int[Tensor, "n"]:
+    """Another prompt for each of `n`: the next one along a random cycle through all of them."""
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 def _is_plain(text: str) -> bool:
@@ -96,59 +121,65 @@ def repeated_tokens(
 
 
 def letter_tokens(model: TransformerBridge) -> Int[Tensor, "26"]:
-    """The ids of A to Z, with a leading space where that makes each of them one token.
+    """The ids of A to Z, with a leading space where that makes each of them one known token of its own.
 
     Raises:
-        ValueError: neither form gives 26 single tokens.
+        ValueError: neither form gives 26 different single tokens that the tokenizer knows.
     """
     for prefix in (" ", ""):
         ids = [encode(model, prefix + letter) for letter in ascii_uppercase]
-        if all(len(i) == 1 for i in ids):
+        known = {i[0] for i in ids if len(i) == 1} - {model.tokenizer.unk_token_id}
+        if len(known) == 26:
             return torch.tensor(ids)[:, 0]
-    raise ValueError(f"the letters A to Z are not single tokens for {model.cfg.model_name}")
+    raise ValueError(f"the letters A to Z are not 26 single tokens for {model.cfg.model_name}; skip the letters task")
 
 
 def letters_task(model: TransformerBridge, n_prompts: int = 64, n_noise: int = 32, seed: int = 42) -> Prompts:
-    """A B n1 .. nk A -> B over the letters A to Z; the noise never holds A or B.
-
-    The answer is appended, so that the prediction is read at position -2.
-    """
+    """A B n1 .. nk A -> B over the letters A to Z; the noise never holds A or B."""
     letters, rng = letter_tokens(model).tolist(), random.Random(seed)
     rows = []
     for _ in range(n_prompts):
         a, b, *others = rng.sample(letters, len(letters))
         rows.append([a, b, *rng.choices(others, k=n_noise), a, b])
-    tokens = with_bos(model, torch.tensor(rows))
+    return _prompts(model, torch.tensor(rows))
+
+
+def repeat_task(model: TransformerBridge, length: int = 30, k: int = 1, batch: int = 32, seed: int = 0) -> Pair:
+    """[BOS, r, r[:k]] -> r[k], |r| = length, against the same with another token for r[k] in the first copy.
+
+    Only position 1 + k differs; r[k] occurs nowhere else in the corrupted prompt, whose other
+    token stands at `corrupted.tokens[:, 1 + k]`. With k = 1 the task is A B n1 .. A -> B.
+
+    Raises:
+        ValueError: k is not within 1 .. length - 1.
+    """
+    if not 1 <= k < length:
+        raise ValueError(f"k = {k} is not within 1 to {length - 1}, so [BOS, r, r[:k]] does not ask for r[k]")
+    drawn = random_tokens(model, length + 1, batch, seed)
+    r = torch.cat([drawn[:, : k + 1], drawn[:, k + 2 :]], 1)
+    other = r.clone()
+    other[:, k] = drawn[:, k + 1]
+    return Pair(*(_prompts(model, torch.cat([first, r[:, : k + 1]], 1)) for first in (r, other)))
+
+
+def text_pair(model: TransformerBridge, clean: str, corrupted: Sequence[str], answer: str) -> Pair:
+    """A text against the first of `corrupted` with as many tokens; `answer`'s first token follows both.
+
+    Begin texts and answers with a space where a word begins.
+
+    Raises:
+        ValueError: none of `corrupted` has as many tokens.
+    """
+    ids, last = encode(model, clean), encode(model, answer)[:1]
+    other = next((o for text in corrupted if len(o := encode(model, text)) == len(ids)), None)
+    if other is None:
+        raise ValueError(f"none of {list(corrupted)} has as many tokens as {clean!r} for this tokenizer")
+    return Pair(*(_prompts(model, torch.tensor([row + last])) for row in (ids, other)))
+
+
+def _prompts(model, rows) -> Prompts:
+    tokens = with_bos(model, rows)
     return Prompts(tokens, tokens[:, -1])
-
-
-def induction_pairs(model: TransformerBridge, n_prompts: int = 32, n_noise: int = 16, seed: int = 0) -> Pair:
-    """Clean A B n1 .. nk A -> B against corrupted A C n1 .. nk A, over random ordinary tokens.
-
-    Both end in B, the clean answer; B occurs nowhere else in the corrupted prompt.
-    """
-    rows = random_tokens(model, n_noise + 3, n_prompts, seed)
-    a, b, c, noise = rows[:, :1], rows[:, 1:2], rows[:, 2:3], rows[:, 3:]
-    clean = with_bos(model, torch.cat([a, b, noise, a, b], 1))
-    corrupted = with_bos(model, torch.cat([a, c, noise, a, b], 1))
-    return Pair(Prompts(clean, clean[:, -1]), Prompts(corrupted, corrupted[:, -1]))
-
-
-def name_pair(model: TransformerBridge, names: tuple[str, ...] = ("Tom", "Sarah", "Sam", "Ann", "Bob")) -> Pair:
-    """ "Tom went to the store. Tom" against the same with another name at the end.
-
-    The answer is what followed the first name. The second name is the first in `names` with
-    as many tokens as the first, because a pair must have equal lengths.
-    """
-    first, *others = names
-    second = next((n for n in others if len(encode(model, " " + n)) == len(encode(model, " " + first))), None)
-    if second is None:
-        raise ValueError(f"no name of {others} has as many tokens as {first!r} for this tokenizer")
-    text = f" {first} went to the store."
-    answer = encode(model, f" {first} went")[len(encode(model, f" {first}"))]
-    rows = [encode(model, text) + encode(model, f" {name}") + [answer] for name in (first, second)]
-    clean, corrupted = (with_bos(model, torch.tensor([row])) for row in rows)
-    return Pair(Prompts(clean, clean[:, -1]), Prompts(corrupted, corrupted[:, -1]))
 
 
 def encode(model: TransformerBridge, text: str) -> list[int]:
@@ -175,8 +206,6 @@ def source_files(packages: tuple[str, ...], min_bytes: int = 400, max_bytes: int
     Raises:
         ModuleNotFoundError: a package is not installed.
     """
-    import hashlib
-
     texts = {}
     for package in packages:
         spec = find_spec(package)

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+
+from helpers.catalog import slug
 
 VERSIONS_OF = ("torch", "transformer-lens", "transformers", "circuitsvis", "numpy")
 
@@ -34,86 +37,120 @@ def write_text(path: Path, text: str) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def is_estimate(value) -> bool:
-    """Whether a recorded value is a mean with its interval."""
-    return isinstance(value, dict) and {"mean", "low", "high"} <= value.keys()
-
-
-def read_summaries(model_folder: Path) -> dict[str, dict]:
-    """The summaries of one model's notebooks, by notebook, in order."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(model_folder.glob("*/summary.json"))}
-
-
-def as_text(value) -> str:
-    """A recorded value for a table: an estimate with its interval, floats to three digits."""
-    if is_estimate(value):
-        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {as_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(as_text(item) for item in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def markdown_table(rows: pd.DataFrame) -> list[str]:
-    """The lines of a table in Markdown."""
-    header = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
-    return header + ["| " + " | ".join(as_text(v) for v in row) + " |" for row in rows.itertuples(index=False)]
-
-
 class Results:
-    """The outputs of one notebook: `outputs/<model>/<notebook>/`.
+    """The outputs of one notebook: `outputs/<model>/<notebook>/`; also gives figures the series' look.
 
-    `parameters` are the notebook's own, as run; they and the versions go into the summary.
+    `namespace` is the notebook's `globals()`, made right after its parameters: the plain values
+    in it are kept as the parameters of the run.
     """
 
-    def __init__(self, notebook: str, parameters: dict):
-        from helpers.plots import use_style
+    def __init__(self, notebook: str, namespace: dict):
+        from helpers.plots import use_style  # not at the top: the runner needs only the writers above
 
         use_style()
-        self.notebook, self.parameters = notebook, dict(parameters)
-        model = Path(str(parameters["model_name"])).name
-        self.folder = Path(parameters["output_dir"]) / model / notebook
+        # Capitals and underscores are IPython's own: In, Out, _dh, _i1.
+        plain = {k: v for k, v in namespace.items() if k[0].islower() and isinstance(v, str | int | float | list)}
+        self.notebook, self.parameters = notebook, plain
+        self.folder = Path(plain["output_dir"]) / slug(plain["model_name"]) / notebook
         self.numbers: dict = {}
         self.tables: list[str] = []
         self.started = time.monotonic()
 
-    def figure(self, figure, name: str) -> None:
-        """Save a matplotlib figure as PNG; the notebook shows the same one inline."""
-        path = self.folder / "figures" / f"{name}.png"
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    def keep(self, name: str, value, **options):
+        """Save a figure as PNG, a table as CSV, samples as an estimate, anything else as it is; give it back.
 
-    def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        """Save a table as CSV, whose first rows the report shows, and give it back."""
-        self.tables.append(name)
-        write_atomically(self.folder / f"{name}.csv", lambda temporary: table.to_csv(temporary, index=False))
-        return table
+        Samples are a tensor, an array or a list of floats, one a prompt; what is given back is
+        their estimate. A dict may hold samples. `options` go to `savefig`, `to_csv` or `estimate`.
 
-    def record(self, **numbers) -> None:
-        """Add headline numbers to the summary."""
-        self.numbers.update(numbers)
+        Raises:
+            ValueError: the value holds NaN, has more than one sample a prompt, or JSON cannot hold it.
+        """
+        if hasattr(value, "savefig"):
+            from matplotlib import pyplot
 
-    def headline(self) -> pd.DataFrame:
-        """The recorded estimates as a table: quantity, mean, the interval's ends, number of samples."""
-        rows = [{"quantity": name} | value for name, value in self.numbers.items() if is_estimate(value)]
-        table = pd.DataFrame(rows, columns=["quantity", "mean", "low", "high", "n"])
-        return self.table(table, "headline").round(3)
+            pyplot.close(value)  # so that a notebook shows it once, where it is given back
+            options = {"format": "png", "metadata": {"Software": None}} | options
+            write_atomically(self.folder / "figures" / f"{name}.png", lambda path: value.savefig(path, **options))
+        elif isinstance(value, pd.DataFrame):
+            self.tables.append(name)
+            options = {"index": False, "float_format": "%.6g"} | options
+            write_atomically(self.folder / f"{name}.csv", lambda path: value.to_csv(path, **options))
+        else:
+            if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+                value = np.array(value)
+            value = self.numbers[name] = _strict_json(name, _estimated(name, value, options))
+        return value
 
-    def say(self, text: str) -> None:
-        """Show a sentence whose numbers were rendered from results."""
-        from IPython.display import Markdown, display
+    def finish(self, published: dict[str, tuple] | None = None) -> pd.DataFrame:
+        """Write `summary.json` and return "What we found": each estimate with its interval and n.
 
-        display(Markdown(text))
+        `published` is `{name: (value, source)}`; its names may also be of kept plain values.
 
-    def finish(self) -> dict:
-        """Write `summary.json` and return what it holds."""
+        Raises:
+            ValueError: a published name was never kept.
+        """
+        published = published or {}
+        if missing := published.keys() - self.numbers.keys():
+            raise ValueError(f"published for {', '.join(sorted(missing))}, which this notebook never kept")
+        columns = ["quantity", "mean", "low", "high", "n"] + (["published", "source"] if published else [])
+        rows = [_found(name, value, *published.get(name, ())) for name, value in self.numbers.items()]
+        table = self.keep("headline", pd.DataFrame(filter(None, rows), columns=columns))
         summary = {
             "notebook": self.notebook,
             "parameters": self.parameters,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF},
             "wall_time_s": round(time.monotonic() - self.started, 1),
-            "results": self.numbers,
+            "results": _strict_json(self.notebook, self.numbers),
             "tables": list(dict.fromkeys(self.tables)),
         }
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-        return summary
+        return table.map(lambda item: round(item, 3) if isinstance(item, float) else item)
+
+    # Older names, until the notebooks speak of `keep` alone.
+
+    def figure(self, figure, name: str) -> None:
+        from IPython.display import display
+
+        display(self.keep(name, figure))
+
+    def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
+        return self.keep(name, table)
+
+    def record(self, **numbers) -> None:
+        self.numbers |= numbers
+
+    def headline(self) -> pd.DataFrame:
+        return self.finish()
+
+    def say(self, text: str) -> None:
+        from IPython.display import Markdown, display
+
+        display(Markdown(text))
+
+
+def _estimated(name: str, value, options: dict):
+    """Samples as estimates, also inside a dict; single numbers of numpy and torch as Python's."""
+    if isinstance(value, dict):
+        return {key: _estimated(f"{name}[{key!r}]", item, options) for key, item in value.items()}
+    if not hasattr(value, "ndim"):
+        return value
+    if value.ndim > 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; keep one sample a prompt, so take means first")
+    from helpers.stats import estimate
+
+    return estimate(value, **options) if value.ndim else value.item()
+
+
+def _strict_json(name: str, value):
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} cannot stand in summary.json ({error}); keep finite numbers, text or lists") from None
+
+
+def _found(name: str, value, published=None, source: str | None = None) -> dict | None:
+    if not (isinstance(value, dict) and {"mean", "low", "high"} <= value.keys()):
+        if published is None:
+            return None
+        value = {"mean": ", ".join(map(str, value)) if isinstance(value, list) else value}
+    return {"quantity": name, "published": published, "source": source} | value

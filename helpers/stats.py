@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, tidy tables, and the one formatter of head names."""
+"""Means with their intervals, tests over many heads, tidy tables, losses, and the one formatter of head names."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int, Shaped
+from scipy import stats as tests
 from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
+
+Samples = Shaped[np.ndarray, "n *rest"]
+Mean = Float[np.ndarray, "*rest"]
 
 
 def head_name(layer: int, head: int) -> str:
@@ -16,37 +20,98 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-def bootstrap_interval(
-    values: Shaped[np.ndarray, "n *rest"], level: float = 0.95, n_resamples: int = 1000, seed: int = 0
-) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"], Float[np.ndarray, "*rest"]]:
-    """Mean over the first axis and the ends of its percentile bootstrap interval.
+# ---- intervals ----
 
-    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+
+def bootstrap_weights(
+    n: int, n_resamples: int = 1000, seed: int | np.random.Generator = 0
+) -> Float[np.ndarray, "draw n"]:
+    """The share of each sample in each draw with replacement; a draw's mean is its row times the samples."""
+    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, n_resamples) / n
+
+
+def bootstrap_interval(
+    values: Samples, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+) -> tuple[Mean, Mean, Mean]:
+    """Mean over the first axis and the ends of its interval, of the kind that the number of samples allows.
+
+    From 20 samples the percentile bootstrap (Efron & Tibshirani 1993, chapter 13); from 5 the t
+    interval, since the bootstrap is too narrow there; below 5 the smallest and largest sample.
 
     Raises:
         ValueError: there is no sample, or a sample is not finite.
     """
+    values = _finite(values)
+    n, mean = len(values), values.mean(0)
+    if n < 5:
+        return np.asarray(mean), np.asarray(values.min(0)), np.asarray(values.max(0))
+    if n < 20:
+        reach = tests.t.ppf((1 + level) / 2, n - 1) * values.std(0, ddof=1) / n**0.5
+        return np.asarray(mean), np.asarray(mean - reach), np.asarray(mean + reach)
+    draws = np.tensordot(bootstrap_weights(n, n_resamples, seed), values, axes=1)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.asarray(mean), np.asarray(low), np.asarray(high)
+
+
+def familywise_interval(
+    values: Samples, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
+) -> tuple[Mean, Mean, Mean]:
+    """Means over the first axis and intervals that hold all of them at once with probability `level`.
+
+    The half-width is the quantile, over bootstrap draws, of the largest studentised error of any
+    member. Source: Westfall & Young 1993, "Resampling-Based Multiple Testing".
+
+    Raises:
+        ValueError: there are fewer than 5 samples, or a sample is not finite.
+    """
+    values = _finite(values)
+    if len(values) < 5:
+        raise ValueError(f"{len(values)} samples are too few for an interval over many members; use at least 5")
+    mean, spread = values.mean(0), values.std(0)
+    weights, centred = bootstrap_weights(len(values), n_resamples, seed), values - values.mean(0)
+    shift, square = (np.tensordot(weights, power, axes=1) for power in (centred, centred**2))
+    # The floor keeps draws of one sample over and over, which have no spread, from dividing by zero.
+    error = np.abs(shift) / np.sqrt(np.maximum(square - shift**2, 1e-6 * spread**2 + 1e-30))
+    reach = np.quantile(error.reshape(n_resamples, -1).max(1), level) * spread
+    return mean, mean - reach, mean + reach
+
+
+def q_values(values: Samples, above: float = 0.0, alternative: str = "greater") -> Mean:
+    """False-discovery-adjusted p-values, over all members, of the t test that a mean lies above `above`.
+
+    Members with q <= 0.05 are named with at most 5 % false ones expected among them. Source:
+    Benjamini & Hochberg 1995. `alternative` is scipy's: "greater", "less" or "two-sided".
+    """
+    p = tests.ttest_1samp(_finite(values), above, axis=0, alternative=alternative).pvalue
+    p = np.nan_to_num(p, nan=1.0)  # no spread, and at `above`: no evidence
+    return tests.false_discovery_control(p, axis=None).reshape(p.shape)
+
+
+def _finite(values) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("no samples to take the mean of")
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} samples are not finite")
-    # Multinomial counts are resampling with replacement, as one matrix product.
-    counts = np.random.default_rng(seed).multinomial(len(values), [1 / len(values)] * len(values), n_resamples)
-    means = np.tensordot(counts / len(values), values, axes=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.asarray(values.mean(0)), np.asarray(low), np.asarray(high)
+    return values
 
 
-def estimate(values, **kwargs) -> dict[str, float]:
-    """`{"mean", "low", "high", "n"}` of a list of samples, for `summary.json`."""
+def estimate(values, **kwargs) -> dict:
+    """`{"mean", "low", "high", "n"}` of samples, and the "values" themselves where they are fewer than 5."""
     values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     values = np.asarray(values, dtype=np.float64).ravel()
-    mean, low, high = bootstrap_interval(values, **kwargs)
-    return {"mean": float(mean), "low": float(low), "high": float(high), "n": len(values)}
+    mean, low, high = map(float, bootstrap_interval(values, **kwargs))
+    few = {"values": values.tolist()} if len(values) < 5 else {}
+    return {"mean": mean, "low": low, "high": high, "n": len(values)} | few
 
 
-def show(result: dict[str, float], digits: int = 3) -> str:
+def estimate_of_draws(draws: Float[np.ndarray, "draw"], n: int) -> dict[str, float]:
+    """`{"mean", "low", "high", "n"}` of an estimate, `draws[0]`, followed by its bootstrap draws."""
+    low, high = np.quantile(draws[1:], [0.025, 0.975])
+    return {"mean": float(draws[0]), "low": float(low), "high": float(high), "n": n}
+
+
+def show(result: dict, digits: int = 3) -> str:
     """`0.912 [0.901, 0.923]`: an estimate as text."""
     return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **result)
 
@@ -54,19 +119,15 @@ def show(result: dict[str, float], digits: int = 3) -> str:
 def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: int = 0) -> pd.DataFrame:
     """One row per head, best first: rank, head, layer, index, mean of `value` and its interval."""
     mean, low, high = bootstrap_interval(samples.cpu().numpy(), seed=seed)
-    layers, heads = (index.ravel().tolist() for index in np.indices(mean.shape))
-    table = pd.DataFrame(
-        {
-            "head": [head_name(layer, head) for layer, head in zip(layers, heads)],
-            "layer": layers,
-            "index": heads,
-            value: mean.flat,
-            "low": low.flat,
-            "high": high.flat,
-        }
-    ).sort_values(value, ascending=False, ignore_index=True)
+    layer, index = (i.ravel().tolist() for i in np.indices(mean.shape))
+    names = [head_name(i, j) for i, j in zip(layer, index)]
+    columns = {"layer": layer, "index": index, value: mean.flat, "low": low.flat, "high": high.flat}
+    table = pd.DataFrame({"head": names} | columns).sort_values(value, ascending=False, ignore_index=True)
     table.insert(0, "rank", table.index + 1)
     return table
+
+
+# ---- losses ----
 
 
 def progress(steps: Iterable, what: str) -> Iterable:
@@ -74,21 +135,18 @@ def progress(steps: Iterable, what: str) -> Iterable:
     return tqdm(steps, desc=what, delay=3, leave=False)
 
 
+def rows_at_a_time(tokens: Int[Tensor, "batch pos"], n_tokens: int = 1024) -> int:
+    """How many prompts to run together: larger activations are slower, each being allocated anew."""
+    return max(1, n_tokens // tokens.shape[1])
+
+
 def token_losses(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: int | None = None
 ) -> Float[Tensor, "batch pos_1"]:
     """-log p of every token but the first, in nats; entry i is the loss on token i + 1."""
+    parts = progress(tokens.split(chunk or rows_at_a_time(tokens)), "losses")
     with torch.inference_mode():
-        parts = [
-            model(part, return_type="loss", loss_per_token=True)
-            for part in progress(tokens.split(chunk or rows_at_a_time(tokens)), "losses")
-        ]
-    return torch.cat(parts)
-
-
-def rows_at_a_time(tokens: Int[Tensor, "batch pos"], budget: int = 1024) -> int:
-    """How many prompts to run together: larger activations are slower, each being allocated anew."""
-    return max(1, budget // tokens.shape[1])
+        return torch.cat([model(part, return_type="loss", loss_per_token=True) for part in parts])
 
 
 def in_context_score(
@@ -104,8 +162,5 @@ def in_context_score(
     """
     if losses.shape[1] < late + window:
         raise ValueError(f"texts of {losses.shape[1] + 1} tokens have no token {late + window}")
-
-    def around(token):
-        return losses[:, token - 1 - window : token + window].mean(1)
-
-    return around(late) - around(early)
+    at_late, at_early = (losses[:, i - 1 - window : i + window].mean(1) for i in (late, early))
+    return at_late - at_early

@@ -68,22 +68,6 @@ def test_several_earlier_occurrences_are_summed():
     assert attention.prefix_matching_score(pattern, tokens).item() == pytest.approx(0.25)
 
 
-def test_stripe_share_is_detect_heads_measure():
-    from transformer_lens import head_detector as theirs
-
-    random = torch.rand(1, 4, N, N, generator=torch.Generator().manual_seed(0)).tril()
-    random = random / random.sum(-1, keepdim=True)
-    wanted = theirs.get_induction_head_detection_pattern(TOKENS)
-    expected = [
-        theirs.compute_head_attention_similarity_score(
-            head, wanted, exclude_bos=False, exclude_current_token=False, error_measure="mul"
-        )
-        for head in random[0]
-    ]
-    torch.testing.assert_close(attention.stripe_share(random, L)[0], torch.tensor(expected))
-    assert attention.stripe_share(INDUCTION, L).item() == pytest.approx(L / N)
-
-
 def test_previous_token_score_agrees_with_detect_head(two_layers):
     from transformer_lens.head_detector import detect_head
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, SHORTFORMER, shortformer_state
+from conftest import ARCHITECTURES
 from transformer_lens.FactoredMatrix import FactoredMatrix
 
-from helpers import circuits, models
+from helpers import circuits
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +124,6 @@ def test_composition_scores_equal_the_librarys_on_a_folded_model(tiny):
     torch.testing.assert_close(found, library, atol=1e-4, rtol=0)
 
 
-def test_random_matrices_compose_at_one_over_root_width():
-    scores = circuits.random_composition(d_model=64, d_head=8, n=200)
-    assert scores.pow(2).mean().sqrt().item() == pytest.approx(1 / 8, rel=0.02)
-    assert torch.equal(scores, circuits.random_composition(d_model=64, d_head=8, n=200))
-
-
 def test_best_column_does_not_depend_on_the_chunk():
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(30, 5, generator=generator), torch.randn(5, 50, generator=generator)
@@ -137,28 +131,6 @@ def test_best_column_does_not_depend_on_the_chunk():
 
 
 # ---- positions and directions ----
-
-
-def test_positional_patterns_are_the_models_own_when_tokens_contribute_nothing(tokens):
-    state = shortformer_state(SHORTFORMER)
-    state |= {key: torch.zeros_like(value) for key, value in state.items() if key.endswith("ln1.w")}
-    silent = models.build_shortformer(SHORTFORMER, state, "silent")
-    _, cache = silent.run_with_cache(tokens)
-    patterns = circuits.positional_patterns(silent, tokens.shape[1])
-    for layer in range(2):
-        torch.testing.assert_close(cache["pattern", layer][0], patterns[layer], atol=1e-5, rtol=1e-4)
-
-
-def test_positional_patterns_of_learned_positions_are_causal(tiny):
-    patterns = circuits.positional_patterns(tiny("gpt2"), 12)
-    assert patterns.shape == (3, 4, 12, 12)
-    torch.testing.assert_close(patterns.sum(-1), torch.ones(3, 4, 12))
-    assert (patterns.triu(1) == 0).all()
-
-
-def test_models_without_learned_positions_are_refused(tiny):
-    with pytest.raises(ValueError, match="rotary"):
-        circuits.positional_patterns(tiny("gemma3"))
 
 
 def test_directions_kept_is_the_truncated_product(weights):

@@ -7,10 +7,10 @@ import tomllib
 import venv
 from pathlib import Path
 
-import nbformat
 import pytest
+from examination import PATHS
 
-from helpers import series
+from tools.run import find_notebooks, read_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -19,7 +19,7 @@ KEPT = ("torch", "numpy", "pandas")
 COLAB = ["torch==2.13.0", "numpy==2.2.6", "pandas==2.3.3", "ipython", "ipykernel"]
 
 BEFORE = """
-import sys, json, numpy, pandas, torch
+import sys, json, importlib.util, numpy, pandas, torch
 from importlib.metadata import version
 kept = {name: version(name) for name in %r}
 assert "helpers" not in sys.modules
@@ -27,9 +27,11 @@ assert "helpers" not in sys.modules
 AFTER = """
 after = {name: version(name) for name in kept}
 assert after == kept == {"torch": torch.__version__, "numpy": numpy.__version__, "pandas": pandas.__version__}, after
-from helpers import models, attention, training
+from helpers import models, attention
+from helpers.catalog import WEIGHTS_FOLDER
+assert importlib.util.find_spec("tools") is None
 score = attention.induction_samples(models.load(), seeds=(0,), batch=2).mean(0).max().item()
-print("RESULT", json.dumps({"score": score, "logs": training.log_file("induction-2l").exists()}))
+print("RESULT", json.dumps({"score": score, "logs": (WEIGHTS_FOLDER / "induction-2l/log.json").exists()}))
 """
 
 
@@ -48,7 +50,7 @@ def scratch(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_setup_cell_installs_from_nothing_and_leaves_the_large_packages_alone(scratch, tmp_path):
-    setup = nbformat.read(series.find_notebooks(["02"])[0], as_version=4).cells[1].source
+    setup = read_notebook(find_notebooks(["02"])[0]).cells[1].source
     assert f"git+{ADDRESS}" in setup
     # The repository as a stranger would get it, without what lies about in this folder.
     clone = tmp_path / "clone"
@@ -65,5 +67,5 @@ def test_the_setup_cell_installs_from_nothing_and_leaves_the_large_packages_alon
 
 
 def test_every_notebook_has_the_same_first_lines():
-    setups = {tuple(nbformat.read(p, as_version=4).cells[1].source.splitlines()[:3]) for p in series.find_notebooks()}
+    setups = {tuple(read_notebook(path).cells[1].source.splitlines()[:3]) for path in PATHS}
     assert len(setups) == 1

@@ -35,7 +35,7 @@ def test_environment_has_the_same_pins():
 
 def test_every_range_in_pyproject_admits_its_pin():
     extras = PROJECT["optional-dependencies"]
-    for text in PROJECT["dependencies"] + extras["dev"] + extras["lab"] + extras["train"]:
+    for text in PROJECT["dependencies"] + extras["dev"] + extras["lab"] + extras["tools"] + extras["train"]:
         wanted = Requirement(text)
         (pin,) = REQUIREMENTS[wanted.name].specifier
         assert wanted.specifier.contains(pin.version), text

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import attention, models, nanogpt, prompts, series
+from helpers import attention, models, nanogpt, prompts
 from helpers.catalog import ModelUnavailable, resolve
+from tools import run
 
 LETTERS = "\n abcdefghijklmnopqrstuvwxyz"
 
@@ -247,7 +248,7 @@ def test_gpt2_tokens_without_network_say_so(tmp_path, monkeypatch):
 
 def test_a_path_stays_whole_when_the_series_runs_on_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(series, "check_parameters", lambda path, parameters: {})
-    (job,) = series.plan(["out/ckpt.pt"], [Path("01.ipynb")], tmp_path, {})
+    monkeypatch.setattr(run, "check_parameters", lambda path, parameters: {})
+    (job,) = run.plan(["out/ckpt.pt"], [Path("01.ipynb")], tmp_path, {})
     assert job.model == str(tmp_path / "out/ckpt.pt")
     assert resolve("ckpt.pt").kind == resolve("out/ckpt.pt").kind == "nanogpt"

@@ -5,20 +5,22 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import SHORTFORMER, shortformer_state
+from examination import PATHS
 from safetensors.torch import save_file
 
-from helpers import series
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
-from helpers.models import shipped_tokenizer
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, slug
+from helpers.nanogpt import shipped_tokenizer
+from tools import run
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = series.find_notebooks()
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 COMMITTED = ROOT / "outputs" / DEFAULT_MODEL
 
@@ -83,21 +85,21 @@ def test_prose_quotes_no_measured_number(path):
     assert not heads & set(re.findall(r"L\d+H\d+", title_and_prose)) - published
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    out = tmp_path_factory.mktemp("outputs")
-    errors = series.run(series.plan([DEFAULT_MODEL], PATHS, out, {}), n_parallel=2)
-    return out / DEFAULT_MODEL, errors
+@pytest.mark.slow
+def test_every_notebook_executes(executed, path):
+    folder, errors = executed(path)
+    assert not errors
+    assert (folder / path.name).stat().st_size < 3e6
+    assert list((folder / path.stem / "figures").glob("*.png"))
+    assert f"## [{path.stem}]" in (folder / "report.md").read_text()
 
 
 @pytest.mark.slow
-def test_every_notebook_executes(fresh):
-    folder, errors = fresh
-    assert not errors
-    for path in PATHS:
-        assert (folder / path.name).stat().st_size < 3e6
-        assert list((folder / path.stem / "figures").glob("*.png"))
-    assert (folder / "report.md").exists()
+def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(PATHS[0]), "executed.ipynb"]
+    ended = subprocess.run([*command, "-p", "model_name", "induction-1l"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "outputs/induction-1l" / PATHS[0].stem / "summary.json").exists()
 
 
 def numbers(value, name=""):
@@ -115,8 +117,8 @@ def numbers(value, name=""):
 
 
 @pytest.mark.slow
-def test_a_fresh_run_agrees_with_the_committed_outputs(fresh, path):
-    folder, _ = fresh
+def test_a_fresh_run_agrees_with_the_committed_outputs(executed, path):
+    folder, _ = executed(path)
     committed, now = (json.loads((f / path.stem / "summary.json").read_text())["results"] for f in (COMMITTED, folder))
     assert committed.keys() == now.keys()
     committed, now = dict(numbers(committed)), dict(numbers(now))
@@ -132,10 +134,14 @@ def test_a_fresh_run_agrees_with_the_committed_outputs(fresh, path):
             assert now[name] == value, name
 
 
+TRAINING = next(path for path in PATHS if "training" in path.stem)
+
+
 @pytest.mark.slow
-def test_the_live_run_finds_induction_in_two_layers_and_in_no_one_layer_model(fresh):
-    folder, _ = fresh
-    live = json.loads((folder / "08_training_dynamics" / "summary.json").read_text())["results"]
+@pytest.mark.parametrize("path", [TRAINING], indirect=True, ids=[TRAINING.stem])
+def test_the_live_run_finds_induction_in_two_layers_and_in_no_one_layer_model(executed, path):
+    folder, _ = executed(path)
+    live = json.loads((folder / path.stem / "summary.json").read_text())["results"]
     assert live["live_two_layers_induction"]["n"] == 3
     assert min(live["live_two_layers_each"]) >= 0.7 and max(live["live_one_layer_each"]) < 0.1
 
@@ -163,11 +169,12 @@ def deeper_model(folder: Path) -> Path:
 def test_scrubbing_runs_on_redwoods_layout_and_in_its_general_form_on_a_deeper_model(tmp_path):
     models = [str(redwoods_layout(tmp_path / "redwood")), str(deeper_model(tmp_path / "deeper"))]
     small = {"n_texts": "48", "n_few": "24", "n_corpus": "60"}
-    errors = series.run(series.plan(models, series.find_notebooks(["06"]), tmp_path / "out", small), n_parallel=2)
+    errors = run.run(run.plan(models, run.find_notebooks(["06"]), tmp_path / "out", small), n_parallel=2)
     assert not errors
-    deeper = (tmp_path / "out/deeper/06_causal_scrubbing.ipynb").read_text()
+    redwood, deeper = (tmp_path / "out" / slug(name) for name in models)
+    deeper = (deeper / "06_causal_scrubbing.ipynb").read_text()
     assert "has 3 layer(s) and MLPs, and the two-layer table holds" in deeper
-    redwood = tmp_path / "out/redwood/06_causal_scrubbing"
+    redwood = redwood / "06_causal_scrubbing"
     assert len((redwood / "scrubbing.csv").read_text().splitlines()) > 6 * 4
     assert "90 / 51 / 79 / 35" in (redwood / "table_beside_the_post.csv").read_text()
 
@@ -182,3 +189,8 @@ def test_committed_notebooks_are_small_clean_and_current(path, model):
     assert ran == [c.source for c in nbformat.read(path, as_version=4).cells]
     outputs = [o for c in content.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
+    # Neither warnings nor places of the machine that it ran on, nor what differs from run to run.
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    shown = [str(o.get("text", "")) + o.get("data", {}).get("text/plain", "") for o in outputs]
+    assert not re.findall(r"site-packages|/root/|/home/|/tmp/|/Users/|0x[0-9a-f]{8,}", "".join(shown))
+    assert not [c for c in content.cells if c.metadata.get("execution")]

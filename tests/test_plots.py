@@ -1,71 +1,111 @@
-"""Figures: drawn from tensors alone, saved whole; views: one script, no network."""
+"""Figures: drawn from tensors alone, shown once, in one look; views: one script, no network."""
+
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 
-from helpers import plots, stats
-from helpers.results import Results, write_atomically
+from helpers import diagrams, plots, views
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+def saved(figure):
+    figure.savefig("/dev/null", format="png")
+    return figure
+
+
+def labels_of(figure):
+    return {axis.get_xlabel() for axis in figure.axes} | {axis.get_ylabel() for axis in figure.axes}
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 1), (6, 2, 8), (4, 30, 9)])
 def test_head_grid_names_quantity_and_unit(shape):
     samples = torch.rand(*shape, generator=torch.Generator().manual_seed(0)) - 0.3
-    table = stats.head_table(samples, "delta_loss_nats")
-    figure = plots.head_grid(samples, table, "delta_loss_nats", "delta loss (nats)", "title", diverging=True)
-    labels = {axis.get_xlabel() for axis in figure.axes} | {axis.get_ylabel() for axis in figure.axes}
-    assert {"head", "layer", "delta loss (nats)"} <= labels
+    figure = saved(plots.head_grid(samples, "delta loss (nats)", "title", diverging=True))
+    assert {"head", "layer", "delta loss (nats)"} <= labels_of(figure)
+    assert len(figure.axes[0].get_yticks()) <= 16
 
 
-def test_pattern_curve_and_strip_draw():
-    assert plots.pattern(torch.eye(5), "title", list("abcde"), stripe=2).axes[0].get_xlabel().startswith("key")
-    figure = plots.curve(
-        {"a": ([0, 1], [1, 2], [0, 1], [2, 3]), "b": ([0, 1], [3, 4])}, "x", "y (nats)", "t", {"m": 0.5}
-    )
+def test_scores_run_from_0_to_1_and_effects_are_symmetric_about_0():
+    samples = torch.full((5, 2, 3), 0.2)
+    assert plots.head_grid(samples, "score").axes[0].collections[0].get_clim() == (0, 1)
+    samples[:, 0, 0] = -0.6
+    low, high = plots.head_grid(samples, "effect (nats)", diverging=True).axes[0].collections[0].get_clim()
+    assert low == -high == pytest.approx(-0.6)
+    figure = plots.matrices({"a": np.eye(3), "b": 0.1 * np.eye(3)}, "x", "y", "share")
+    assert all(axis.collections[0].get_clim() == (0, 1) for axis in figure.axes[:2])
+
+
+def test_every_figure_draws_and_is_forgotten_by_pyplot():
+    assert saved(plots.pattern(torch.eye(5), "title", list("abcde"), stripe=2)).axes[0].get_xlabel().startswith("key")
+    lines = {"a": ([0, 1], [1, 2], [0, 1], [2, 3]), "b": ([0, 1], [3, 4])}
+    figure = saved(plots.curve(lines, "x", "y (nats)", "t", {"m": 0.5}, log_x=True, log_y=True))
     assert figure.axes[0].get_ylabel() == "y (nats)"
-    figure = plots.token_strip(["a", " b", "\n", "$x$", "       "], torch.rand(5), "loss (nats)", "title", per_row=3)
-    figure.canvas.draw()
+    saved(plots.token_strip(["a", " b", "\n", "$x$", "       "], torch.rand(5), "loss (nats)", "title", per_row=3))
+    saved(plots.histogram(torch.randn(20), "improvement (nats)"))
+    table = pd.DataFrame({"head": ["L0H1", "L1H0"], "mean": [1.0, 2.0], "low": [0.5, 1.0], "high": [1.5, 2.5]})
+    figure = saved(plots.intervals({"zero": table, "mean": table[::-1]}, "head", "delta loss (nats)"))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["L0H1", "L1H0"]
+    assert not plt.get_fignums()
+
+
+def test_names_along_an_axis_are_thinned():
+    names = ["embedding"] + [f"L{i}" for i in range(30)]
+    axis = saved(plots.curve({"a": (names, range(31))}, "stop", "nats")).axes[0]
+    shown = [t.get_text() for t in axis.get_xticklabels()]
+    assert shown[:2] == ["embedding", "L1"] and len(shown) == 16
+
+
+def test_labels_of_a_scatter_never_overlap():
+    x = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    figure = saved(plots.scatter(x, 0 * x, "score", "effect (nats)", names={i: f"L{i}H0" for i in range(14)}))
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without the line to its point
+    assert len(boxes) == 14
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_circuit_has_the_parts_that_can_be_highlighted():
+    figure = saved(diagrams.circuit_diagram(("K-composition", "induction head")))
+    coloured = {t.get_text() for t in figure.axes[0].texts if t.get_color() == plots.PALETTE[3]}
+    assert any("K-composition" in text for text in coloured) and not any("OV" in text for text in coloured)
+    plain = diagrams.circuit_diagram()
+    assert not any(t.get_color() == plots.PALETTE[3] for t in plain.axes[0].texts)
+    with pytest.raises(ValueError, match="MLP is no part"):
+        diagrams.circuit_diagram("MLP")
+
+
+def test_importing_plots_leaves_matplotlib_as_it_was():
+    code = (
+        "import matplotlib as m, seaborn, transformer_lens; before = dict(m.rcParams); import helpers.plots, "
+        "helpers.results; assert before == dict(m.rcParams)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_views_carry_data_but_not_the_script():
-    view = plots.interactive_heads(torch.rand(2, 4, 4), ["</script>", "a", "b", "c"], ["L0H0", "L0H1"])._repr_html_()
+    texts = ["</script>", "<!--", "<script>", "c"]
+    view = views.heads(torch.rand(2, 4, 4), texts, ["L0H0", "L0H1"])._repr_html_()
     assert "AttentionHeads" in view and "L0H1" in view and len(view) < 5_000
     assert view.count("</script>") == 1 and "window.CircuitsVis" in view
-    strip = plots.interactive_tokens(["a", "b"], torch.tensor([0.5, 1.0]))._repr_html_()
-    assert "ColoredTokens" in strip and len(strip) < 2_000
-    script = plots.interactive_script()._repr_html_()
+    assert "<!--" not in view and view.count("<script") == 1
+    strip = views.tokens(["a", "<!--"], torch.tensor([0.5, 1.0]))._repr_html_()
+    assert "ColoredTokens" in strip and len(strip) < 2_000 and "<!--" not in strip
+    several = views.tokens(["a", "b"], torch.rand(2, 3), ["x", "y", "z"])._repr_html_()
+    assert "ColoredTokensMulti" in several
+    script = views.script()._repr_html_()
     assert script.count("</script") == 1 and script.count("<script") >= 1 and len(script) > 1_000_000
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_text("good")
-
-    def half_written(temporary):
-        temporary.write_text("ba")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, half_written)
-    assert path.read_text() == "good" and list(tmp_path.iterdir()) == [path]
-
-
-def test_results_are_written_where_the_report_finds_them(tmp_path):
-    results = Results("99_test", {"model_name": "some/where/m", "output_dir": str(tmp_path), "seed": 3})
-    results.figure(plots.pattern(torch.eye(3), "t"), "eye")
-    results.record(score=stats.estimate([0.1, 0.2]), head="L0H1")
-    assert results.headline()["quantity"].tolist() == ["score"]
-    results.table(pd.DataFrame({"loss_nats": [1.0]}), "losses")
-    summary = results.finish()
-    folder = tmp_path / "m" / "99_test"
-    assert {p.name for p in folder.iterdir()} == {"figures", "headline.csv", "losses.csv", "summary.json"}
-    assert (
-        summary["parameters"]["seed"] == 3 and summary["results"]["head"] == "L0H1" and "torch" in summary["versions"]
-    )
+def test_lengths_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="for 2 names and 3 tokens"):
+        views.heads(torch.rand(2, 4, 4), list("abc"), ["L0H0", "L0H1"])
+    with pytest.raises(ValueError, match="for 3 tokens"):
+        views.tokens(list("abc"), torch.rand(2))
+    with pytest.raises(ValueError, match="for 3 tokens and 2 labels"):
+        views.tokens(list("abc"), torch.rand(3, 3), ["x", "y"])
+    with pytest.raises(ValueError, match="2 values for 3 tokens"):
+        plots.token_strip(list("abc"), torch.rand(2), "loss (nats)")

@@ -1,7 +1,11 @@
 """Token batches: their shape, their promises, and what they refuse."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from helpers import prompts
 
@@ -47,19 +51,83 @@ def test_letters_task_is_what_the_published_numbers_used(model):
 
 
 def test_pairs_differ_at_one_position_and_end_alike(model):
-    pair = prompts.induction_pairs(model, n_prompts=7, n_noise=5, seed=3)
+    pair = prompts.repeat_task(model, length=7, k=1, batch=7, seed=3)
     different = pair.clean.tokens != pair.corrupted.tokens
     assert different.sum(1).tolist() == [1] * 7 and different[:, 2].all()
     assert torch.equal(pair.clean.answers, pair.corrupted.answers)
     assert (pair.corrupted.tokens[:, :-1] != pair.corrupted.answers[:, None]).all()
 
 
-def test_name_pair_has_equal_lengths_and_one_answer(model):
-    pair = prompts.name_pair(model)
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_repeat_task_repeats_and_is_corrupted_where_the_answer_stood_first(model, k):
+    pair = prompts.repeat_task(model, length=9, k=k, batch=5, seed=2)
+    r = pair.clean.tokens[:, 1:10]
+    assert torch.equal(pair.clean.tokens[:, 10:], r[:, : k + 1]) and torch.equal(pair.clean.answers, r[:, k])
+    different = pair.clean.tokens != pair.corrupted.tokens
+    assert different.sum(1).tolist() == [1] * 5 and different[:, 1 + k].all()
+    assert (pair.corrupted.tokens[:, :-1] != pair.clean.answers[:, None]).all()
+    other = pair.corrupted.tokens[:, 1 + k]
+    assert ((pair.corrupted.tokens == other[:, None]).sum(1) == 1).all()
+
+
+def test_repeat_task_refuses_an_answer_outside_r(model):
+    for k in (0, 9):
+        with pytest.raises(ValueError, match=f"k = {k} is not within 1 to 8"):
+            prompts.repeat_task(model, length=9, k=k)
+
+
+def test_random_sizes_fit_tiny_models(tiny):
+    small = tiny("gpt2")  # 50 tokens, context of 64
+    assert prompts.fitting(small, 50) == 24 and prompts.fitting(small, 10) == 10
+    assert prompts.fitting(small, 50, copies=3) == 16
+    prompts.repeated_tokens(small, prompts.fitting(small, 50), batch=1)
+    with pytest.raises(ValueError, match="do not fit 64 positions"):
+        prompts.fitting(small, 5, copies=40)
+
+
+class Tokenizer:
+    """A tokenizer with settings of its own, which knows no words."""
+
+    unk_token_id, bos_token_id, eos_token_id = 3, None, None
+
+    def __init__(self, **ids):
+        vars(self).update(ids)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [self.unk_token_id]}
+
+
+def test_bos_is_an_id_that_the_model_has():
+    def bos(tokenizer, **kwargs):
+        cfg = SimpleNamespace(d_vocab=10)
+        return prompts.bos_id(Mock(spec=TransformerBridge, tokenizer=tokenizer, cfg=cfg, **kwargs))
+
+    assert bos(None) == 0 and bos(Tokenizer()) == 0
+    assert bos(Tokenizer(bos_token_id=7, eos_token_id=5)) == 7
+    assert bos(Tokenizer(bos_token_id=50, eos_token_id=5)) == 5
+    assert bos(Tokenizer(bos_token_id=7), first_token_id=2) == 2
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="not 26 single tokens for tiny"):
+        cfg = SimpleNamespace(model_name="tiny")
+        prompts.letter_tokens(Mock(spec=TransformerBridge, tokenizer=Tokenizer(), cfg=cfg))
+
+
+def test_derangement_leaves_nobody_in_place():
+    for n in (2, 5, 30):
+        partner = prompts.derangement(n, seed=n)
+        assert (partner != torch.arange(n)).all() and sorted(partner.tolist()) == list(range(n))
+    assert torch.equal(prompts.derangement(9, 4), prompts.derangement(9, torch.Generator().manual_seed(4)))
+
+
+def test_text_pair_has_equal_lengths_and_one_answer(model):
+    names = [f" Tom went to the store. {name}" for name in ("Bartholomew", "Sarah", "Sam", "Ann", "Bob")]
+    pair = prompts.text_pair(model, " Tom went to the store. Tom", names, " went")
     assert pair.clean.tokens.shape == pair.corrupted.tokens.shape
     assert torch.equal(pair.clean.answers, pair.corrupted.answers)
-    with pytest.raises(ValueError, match="as many tokens as 'Tom'"):
-        prompts.name_pair(model, ("Tom", "Bartholomew"))
+    with pytest.raises(ValueError, match="as many tokens as ' Tom'"):
+        prompts.text_pair(model, " Tom", [" Bartholomew"], " went")
 
 
 def test_prompts_without_their_answer_are_refused():

@@ -7,25 +7,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import interventions, models, scrubbing
+from helpers import interventions, models, scrubbing, stats
+from helpers.hypotheses import OTHER, RESAMPLED, SCRUBBED, UNSCRUBBED, WHOLE, Hypothesis, Input, Rule, X
 from helpers.prompts import Prompts
-from helpers.scrubbing import (
-    HYPOTHESES,
-    OTHER,
-    RESAMPLED,
-    UNSCRUBBED,
-    Heads,
-    Hypothesis,
-    Input,
-    Pairing,
-    Pool,
-    Rule,
-    X,
-)
+from helpers.scrubbing import TextPool
 
 N_HEADS, D_HEAD, D_MODEL, N_TEXTS, LENGTH, D_VOCAB = 4, 4, 16, 3, 5, 23
-HEADS = Heads(induction=(1, 3), roles={"previous": (2,), "same": (0, 3)})
+INDUCTION, ROLES = (1, 3), {"previous": (2,), "same": (0, 3)}
+HEADS = INDUCTION, ROLES
 KINDS = {"typical": torch.arange(D_VOCAB) % 2}
+EMBEDDING, CURRENT = Input(X, SCRUBBED), Input(X, Rule(from_x=(0,)))
+LAST_THREE = Rule(from_x=(0, 1, 2))
+RECENT = Input(X, LAST_THREE)
+SAME_AS_IDENTITY = Input(X, LAST_THREE, (("same", Rule(from_x=(0,), identity=True)),))
+# The post's, which between them use everything that a rule can say.
+HYPOTHESES = (
+    Hypothesis("0", "", EMBEDDING, EMBEDDING, Input(OTHER, SCRUBBED, (("previous", Rule(from_x=(1,))),))),
+    Hypothesis("2", "", CURRENT, RECENT, RECENT),
+    Hypothesis("3", "", CURRENT, *2 * (Input(X, LAST_THREE, (("previous", WHOLE), ("same", WHOLE))),)),
+    Hypothesis(
+        "5", "", CURRENT, SAME_AS_IDENTITY, Input(X, LAST_THREE, (("previous", Rule("typical", from_x=(0, 1, 2))),))
+    ),
+)
 
 
 def random_state(seed: int = 0, norm: bool = True) -> dict[str, torch.Tensor]:
@@ -98,8 +101,7 @@ def direct_residual(state, tokens, text, position, part, rows):
     """Residual stream before layer 1 of one text and position, one path term at a time."""
     embedding = state["embed.W_E"][tokens]
     normed = norm(embedding, state, "blocks.0.ln1")
-    rows = {name: row if row.ndim == 2 else row[:, None].expand(tokens.shape) for name, row in rows.items()}
-    named = {head: rule for role, rule in part.roles for head in HEADS.roles[role]}
+    named = {head: rule for role, rule in part.roles for head in ROLES[role]}
     total = embedding[rows[part.embedding][text, position], position] + state["blocks.0.attn.b_O"]
     for head in range(N_HEADS):
         rule = named.get(head, part.rest)
@@ -129,7 +131,7 @@ def direct_logits(state, tokens, text, rows, **parts):
     built = {kind: stream(kind, part) for kind, part in parts.items()}
     final = on_x[0][last] + state["blocks.1.attn.b_O"]
     for head in range(N_HEADS):
-        source = built if head in HEADS.induction else {}
+        source = built if head in INDUCTION else {}
         q = project(source.get("q", on_x)[1][last], state, 1, head, "Q", pos[last])
         k = project(source.get("k", on_x)[1], state, 1, head, "K", pos[:LENGTH])
         v = project(source.get("v", on_x)[1], state, 1, head, "V")
@@ -141,7 +143,7 @@ def direct_logits(state, tokens, text, rows, **parts):
 @pytest.fixture(scope="module")
 def pool(model, prompts):
     with torch.inference_mode():
-        return Pool(model, prompts.tokens[:, :-1], HEADS.induction)
+        return TextPool(model, prompts.tokens[:, :-1], *HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +165,7 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_every_path_term_is_the_direct_one(name, state, prompts, pool, rows):
     tokens = prompts.tokens[:, :-1]
-    paired = Pairing(pool, rows["k"], HEADS.roles)
-    built = paired.residual(PARTS[name], pool.at["k"])
+    built = pool.residual(PARTS[name], rows["k"])
     direct = torch.stack(
         [
             torch.stack([direct_residual(state, tokens, t, p, PARTS[name], rows["k"]) for p in range(LENGTH)])
@@ -172,13 +173,11 @@ def test_every_path_term_is_the_direct_one(name, state, prompts, pool, rows):
         ]
     )
     assert (built - direct).abs().max() < 1e-5
-    last = paired.residual(PARTS[name], pool.at["q"])
-    assert (last - direct[:, -1:]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("hypothesis", HYPOTHESES, ids=lambda h: h.name)
 def test_losses_are_the_direct_ones(hypothesis, state, model, prompts):
-    result = scrubbing.scrub(model, prompts, [hypothesis], HEADS, KINDS, n_pairings=1, independent=True)
+    result = scrubbing.scrub(model, prompts, [hypothesis], *HEADS, KINDS, n_pairings=1, independent=True)
     tokens = prompts.tokens[:, :-1]
     rows = scrubbing.draw_rows(tokens, KINDS, True, torch.Generator().manual_seed(0))
     parts = {kind: getattr(hypothesis, kind) for kind in "vqk"}
@@ -196,22 +195,22 @@ def test_losses_are_the_direct_ones(hypothesis, state, model, prompts):
 
 
 def test_rewritten_graph_equals_the_model(model, prompts):
-    result = scrubbing.scrub(model, prompts, HYPOTHESES[:1], HEADS)
+    result = scrubbing.scrub(model, prompts, HYPOTHESES[:1], *HEADS)
     logits = model(prompts.tokens)[:, -2]
     expected = F.cross_entropy(logits, prompts.answers, reduction="none")
     assert (result.model_loss - expected).abs().max() < 1e-5
 
 
 def test_silence_is_zero_ablation(model, prompts):
-    result = scrubbing.scrub(model, prompts, HYPOTHESES[:1], HEADS)
-    heads = [[(1, head) for head in HEADS.induction]]
+    result = scrubbing.scrub(model, prompts, HYPOTHESES[:1], *HEADS)
+    heads = [[(1, head) for head in INDUCTION]]
     effect = interventions.ablate_together(model, prompts.tokens, interventions.answer_loss(prompts), heads)[:, 0]
     assert (result.silent_loss - result.model_loss - effect).abs().max() < 1e-5
 
 
 def test_x_for_x_prime_recovers_everything(model, prompts):
     twins = prompts.tokens[:1].expand(4, -1)
-    result = scrubbing.scrub(model, Prompts(twins, twins[:, -1]), HYPOTHESES, HEADS, KINDS)
+    result = scrubbing.scrub(model, Prompts(twins, twins[:, -1]), HYPOTHESES, *HEADS, KINDS)
     assert (result.scrubbed_loss - result.model_loss).abs().max() < 1e-5
     assert (result.resampled_loss - result.model_loss).abs().max() < 1e-5
 
@@ -219,18 +218,18 @@ def test_x_for_x_prime_recovers_everything(model, prompts):
 def test_the_fully_scrubbed_input_recovers_nothing_and_the_unscrubbed_one_everything(model, prompts):
     nothing = Hypothesis("nothing", "", RESAMPLED, RESAMPLED, RESAMPLED)
     everything = Hypothesis("everything", "", UNSCRUBBED, UNSCRUBBED, UNSCRUBBED)
-    result = scrubbing.scrub(model, prompts, [nothing, everything], HEADS)
+    result = scrubbing.scrub(model, prompts, [nothing, everything], *HEADS)
     draws = scrubbing.recovery_draws(result, n_resamples=20)
-    together = [i for i, (_, column) in enumerate(result.cells) if column == "all"]
+    together = [i for i, (_, column) in enumerate(result.runs) if column == "all"]
     assert np.allclose(draws[:, together], [0, 1], atol=1e-9)
-    assert all(result.kept["nothing", kind] == pytest.approx(0, abs=1e-6) for kind in "vqk")
-    assert all(result.kept["everything", kind] == pytest.approx(1, abs=1e-6) for kind in "vqk")
+    assert all(result.closeness["nothing", kind] == pytest.approx(0, abs=1e-6) for kind in "vqk")
+    assert all(result.closeness["everything", kind] == pytest.approx(1, abs=1e-6) for kind in "vqk")
 
 
 def test_offset_masks_sum_to_the_causal_mask(pool, rows):
     every_offset = Rule(X, OTHER, from_x=tuple(range(LENGTH)))
-    rebuilt = Pairing(pool, rows["k"], HEADS.roles).residual(Input(X, every_offset), pool.at["k"])
-    assert (rebuilt - pool.middle).abs().max() < 1e-5
+    rebuilt = pool.residual(Input(X, every_offset), rows["k"])
+    assert (rebuilt - pool.on_x).abs().max() < 1e-5
     masks = sum(torch.ones(LENGTH, LENGTH).tril(-m).triu(-m) for m in range(LENGTH))
     assert torch.equal(masks, torch.ones(LENGTH, LENGTH).tril())
 
@@ -239,19 +238,19 @@ def test_a_text_is_never_its_own_other(prompts):
     tokens = prompts.tokens[:, :-1]
     for seed in range(20):
         rows = scrubbing.draw_rows(tokens, KINDS, False, torch.Generator().manual_seed(seed))["v"]
-        assert (rows[OTHER] != rows[X]).all() and (rows["typical"] != rows[X][:, None]).all()
-        assert sorted(rows[OTHER].tolist()) == list(range(N_TEXTS))
+        assert (rows[OTHER] != rows[X]).all() and (rows["typical"] != rows[X]).all()
+        assert sorted(rows[OTHER][:, 0].tolist()) == list(range(N_TEXTS))
 
 
 def test_alike_draws_the_same_kind_where_there_is_one():
     kind = torch.tensor([[0, 1], [0, 2], [1, 3]])
-    otherwise = torch.tensor([2, 2, 0])
+    otherwise = torch.tensor([[2, 2], [2, 2], [0, 0]])
     rows = scrubbing.alike(kind, otherwise, torch.Generator().manual_seed(0))
     assert rows.tolist() == [[1, 2], [0, 2], [0, 0]]
 
 
 def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts):
-    one, two = (scrubbing.scrub(model, prompts, HYPOTHESES[:1], HEADS, pool_size=n) for n in (64, 3))
+    one, two = (scrubbing.scrub(model, prompts, HYPOTHESES[:1], *HEADS, pool_size=n) for n in (64, 3))
     assert torch.allclose(one.model_loss, two.model_loss, atol=1e-6)
     assert two.scrubbed_loss.shape == (3, 4, N_TEXTS)
 
@@ -259,23 +258,13 @@ def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts
 def test_a_model_without_norms(prompts):
     state = random_state(norm=False)
     plain = models.build_shortformer({**CONFIG, "normalization_type": None}, state, "plain").eval()
-    result = scrubbing.scrub(plain, prompts, HYPOTHESES[:1], HEADS)
+    result = scrubbing.scrub(plain, prompts, HYPOTHESES[:1], *HEADS)
     everything = Hypothesis("all on x", "", UNSCRUBBED, Input(X, Rule(X, OTHER, tuple(range(LENGTH)))), UNSCRUBBED)
-    rebuilt = scrubbing.scrub(plain, prompts, [everything], HEADS)
+    rebuilt = scrubbing.scrub(plain, prompts, [everything], *HEADS)
     assert (rebuilt.scrubbed_loss - result.model_loss).abs().max() < 1e-5
 
 
 # ---- shares, intervals, refusals ----
-
-
-def test_unscrubbed_share_counts_ingredients():
-    share = scrubbing.unscrubbed_share
-    assert share(UNSCRUBBED, HEADS, N_HEADS, LENGTH) == 1
-    assert share(RESAMPLED, HEADS, N_HEADS, LENGTH) == 0
-    naive_key = HYPOTHESES[0].k  # one head, one value a query, at all queries but the first
-    total = sum(1 + 2 * N_HEADS * (q + 1) for q in range(LENGTH))
-    assert share(naive_key, HEADS, N_HEADS, LENGTH) == pytest.approx((LENGTH - 1) / total)
-    assert share(Input(X, Rule()), HEADS, N_HEADS, LENGTH, last_only=True) == 1 / (1 + 2 * N_HEADS * LENGTH)
 
 
 def test_intervals_hold_the_estimate_and_see_the_pairings():
@@ -284,71 +273,20 @@ def test_intervals_hold_the_estimate_and_see_the_pairings():
         [("h", "all")], torch.zeros(4), torch.full((4,), 3.0), torch.full((2, 4), 4.0), losses[:, None], {}
     )
     draws = scrubbing.recovery_draws(result)
-    table = scrubbing.recovery_table(result, draws)
-    row = table.iloc[0]
-    assert (row.low, row.recovered, row.high) == pytest.approx((0.25, 0.5, 0.75))
-    assert row.loss_nats == 2
+    found = stats.estimate_of_draws(draws[:, 0], 4)
+    assert (found["low"], found["mean"], found["high"]) == pytest.approx((0.25, 0.5, 0.75)) and found["n"] == 4
     assert scrubbing.recovery_draws(result, from_silence=True)[0, 0] == pytest.approx(1 / 3)
 
 
 def test_bad_input_is_refused_by_name(model, prompts):
     with pytest.raises(ValueError, match="1 text"):
-        scrubbing.scrub(model, Prompts(prompts.tokens[:1], prompts.answers[:1]), HYPOTHESES, HEADS)
+        scrubbing.scrub(model, Prompts(prompts.tokens[:1], prompts.answers[:1]), HYPOTHESES, *HEADS)
     with pytest.raises(ValueError, match="typical"):
         Rule(OTHER, "typical")
     one_layer = models.build_shortformer({**CONFIG, "n_layers": 1}, random_state(), "one")
     assert scrubbing.why_not(model) == ""
     with pytest.raises(ValueError, match=r"one has 1 layer\(s\)"):
-        scrubbing.scrub(one_layer, prompts, HYPOTHESES, HEADS)
-
-
-# ---- whitelist ----
-
-
-def test_the_heuristic_gains_where_the_text_repeats_and_loses_where_it_does_not():
-    # After token 1 comes always the same token within a text, another in each text; after 2 never.
-    texts = torch.tensor([[0, 1, a, 2, b, 1, a, 2, c, 1, a] for a, b, c in ((5, 6, 7), (8, 9, 10), (11, 12, 13))])
-    benefit, count = scrubbing.induction_benefit(texts, d_vocab=20)
-    assert benefit[1] > 0.3 and benefit[2] < 0
-    assert count[1] == 9 and count[5] == 2
-
-
-def test_induction_benefit_is_its_definition():
-    texts = torch.tensor([[0, 1, 2, 1, 2, 1, 3], [0, 1, 3, 2, 3, 1, 2]])
-    benefit, _ = scrubbing.induction_benefit(texts, d_vocab=5, beta=1.5)
-    pairs = [(a, b) for row in texts.tolist() for a, b in zip(row, row[1:])]
-    gains = []
-    for row in texts.tolist():
-        for i, (a, b) in enumerate(zip(row, row[1:])):
-            unigram = sum(pair[1] == b for pair in pairs) / len(pairs)
-            p = (pairs.count((a, b)) - 1 + unigram) / sum(pair[0] == a for pair in pairs)
-            earlier = [row[j + 1] == b for j in range(i) if row[j] == a]
-            up, down = p * math.exp(1.5 * sum(earlier)), (1 - p) * math.exp(1.5 * (len(earlier) - sum(earlier)))
-            gains.append((a, math.log(up / (up + down)) - math.log(p)))
-    expected = np.mean([gain for a, gain in gains if a == 1])
-    assert benefit[1] == pytest.approx(expected, abs=1e-4)
-
-
-def test_contexts_end_on_an_allowed_token_with_the_next_as_answer():
-    texts = torch.arange(40).reshape(2, 20)
-    allowed = torch.zeros(40, dtype=torch.bool)
-    allowed[[3, 12, 15]] = True
-    prompts = scrubbing.contexts(texts, allowed, length=6)
-    assert len(prompts.tokens) == 1 and prompts.tokens.shape[1] == 7
-    (row,) = prompts.tokens.tolist()
-    assert row[0] == 0 and row[-2] in (12, 15) and row[1:] == list(range(row[1], row[-1] + 1))
-    with pytest.raises(ValueError, match="none of 2"):
-        scrubbing.contexts(texts, ~torch.ones(40, dtype=torch.bool), length=6)
-
-
-def test_heads_are_chosen_by_share_of_the_best():
-    assert scrubbing.strong_heads(torch.tensor([0.1, 0.8, 0.4, 0.39])) == (1, 2)
-
-
-def test_same_token_share_counts_the_query_itself():
-    pattern = torch.tensor([[1.0, 0, 0], [0.3, 0.7, 0], [0.25, 0.25, 0.5]])[None, None]
-    share = scrubbing.same_token_share(pattern, torch.tensor([[4, 5, 4]]))
-    assert share.item() == pytest.approx((1 + 0.7 + 0.75) / 3)
+        scrubbing.scrub(one_layer, prompts, HYPOTHESES, *HEADS)
 
 
 # ---- the general form ----

@@ -25,7 +25,51 @@ def test_bootstrap_is_seeded_and_keeps_shape():
     mean, low, high = stats.bootstrap_interval(values)
     assert mean.shape == low.shape == high.shape == (3, 4) and (low <= mean).all() and (mean <= high).all()
     assert np.array_equal(low, stats.bootstrap_interval(values)[1])
-    assert stats.estimate([1.0, 1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+    assert stats.estimate([1.0, 1.0, 1.0]) == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 3, "values": [1.0] * 3}
+
+
+@pytest.mark.parametrize("n", [5, 6, 12, 19])
+def test_small_samples_are_clear_of_zero_by_chance_five_times_in_100(n):
+    values = np.random.default_rng(n).normal(size=(n, 4000))
+    _, low, high = stats.bootstrap_interval(values)
+    assert 0.035 <= ((low > 0) | (high < 0)).mean() <= 0.065
+
+
+def test_under_five_samples_show_themselves():
+    assert stats.estimate([3.0, 1.0]) == {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 2, "values": [3.0, 1.0]}
+    assert "values" not in stats.estimate([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+@pytest.mark.parametrize("n", [12, 48])
+def test_a_familywise_interval_is_seldom_clear_of_zero_anywhere(n):
+    rng, clear = np.random.default_rng(n), 0
+    for trial in range(200):
+        _, low, high = stats.familywise_interval(rng.normal(size=(n, 4, 10)), n_resamples=300, seed=trial)
+        clear += ((low > 0) | (high < 0)).any()
+    assert clear / 200 <= 0.10
+    with pytest.raises(ValueError, match="4 samples are too few"):
+        stats.familywise_interval(np.zeros((4, 3)))
+
+
+def test_a_familywise_interval_finds_what_is_there():
+    values = np.random.default_rng(0).normal(size=(24, 50))
+    values[:, 7] += 3
+    mean, low, _ = stats.familywise_interval(values)
+    assert (low > 0).nonzero()[0].tolist() == [7] and mean[7] == pytest.approx(values[:, 7].mean())
+
+
+def test_q_values_hold_the_share_of_false_discoveries():
+    values = np.random.default_rng(0).normal(size=(30, 20, 50))
+    assert (stats.q_values(values) <= 0.05).sum() <= 2
+    values[:, 3, :20] += 2
+    found = stats.q_values(values, above=0.5) <= 0.05
+    assert found[3, :20].all() and found.sum() - 20 <= 3
+    assert stats.q_values(np.zeros((6, 3))).tolist() == [1, 1, 1]
+
+
+def test_estimates_of_draws_take_the_first_as_the_estimate():
+    found = stats.estimate_of_draws(np.array([0.3, *np.linspace(0, 1, 101)]), n=8)
+    assert found == pytest.approx({"mean": 0.3, "low": 0.025, "high": 0.975, "n": 8})
 
 
 @pytest.mark.parametrize("bad, message", [([], "no samples"), ([1.0, np.nan], "1 of 2"), ([np.inf], "1 of 1")])

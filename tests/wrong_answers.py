@@ -101,7 +101,7 @@ def everything_by_offsets(n_positions):
 ''', "every offset"),
         ("my_attempt", '''
 def my_attempt():
-    return heads, permissive
+    return layer_0_roles, permissive
 ''', "claims less"),
     ],
     "07_circuit_weights": [

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import models, training
-from helpers.training import Recipe
+from helpers import live, models
+from tools import train
+from tools.train import Recipe
 
 SMALL = Recipe(
     n_layers=2, steps=200, tokens_per_batch=128, n_ctx=64, short_ctx=32, d_model=32, n_heads=4, d_vocab=60, warmup=5
@@ -19,8 +20,8 @@ VOCAB = torch.arange(1, 60)
 
 def test_renaming_is_consistent_within_a_file_and_spares_keywords():
     text = "def value(number):\n    return number + number * other(number)\n" * 2
-    renamed = training.rename_identifiers(text, random.Random(0))
-    new = training.rename_identifiers(text, random.Random(0))
+    renamed = train.rename_identifiers(text, random.Random(0))
+    new = train.rename_identifiers(text, random.Random(0))
     assert renamed == new and "number" not in renamed and "return" in renamed and "def value" in renamed
     word = renamed.split("(")[1].split(")")[0]
     assert renamed.count(word) == text.count("number")
@@ -28,16 +29,16 @@ def test_renaming_is_consistent_within_a_file_and_spares_keywords():
 
 def test_batches_are_a_function_of_the_step():
     for step in (0, 8, 9, 9):
-        batch = training.batch_at(step, STREAM, VOCAB, SMALL)
-        assert torch.equal(batch, training.batch_at(step, STREAM, VOCAB, SMALL))
+        batch = train.batch_at(step, STREAM, VOCAB, SMALL)
+        assert torch.equal(batch, train.batch_at(step, STREAM, VOCAB, SMALL))
         assert batch.numel() == SMALL.tokens_per_batch and (batch[:, 0] == 0).all()
-    assert training.batch_at(8, STREAM, VOCAB, SMALL).shape[1] == SMALL.n_ctx
-    assert training.batch_at(7, STREAM, VOCAB, SMALL).shape[1] == SMALL.short_ctx
+    assert train.batch_at(8, STREAM, VOCAB, SMALL).shape[1] == SMALL.n_ctx
+    assert train.batch_at(7, STREAM, VOCAB, SMALL).shape[1] == SMALL.short_ctx
 
 
 def test_a_tenth_of_the_batches_repeats_segments_rarely_enough():
     vocab = torch.arange(1, 800)
-    rows = training.repeated_segments(vocab, 16, 511, torch.Generator().manual_seed(0))
+    rows = train.repeated_segments(vocab, 16, 511, torch.Generator().manual_seed(0))
     repeats = sum(len(row) - len(set(row)) for row in rows.tolist()) / rows.numel()
     assert rows.shape == (16, 511) and 0.15 < repeats < 0.5
     follows = {}
@@ -54,7 +55,7 @@ def test_muon_is_the_newton_schulz_iteration_one_matrix_at_a_time():
     before = [w.detach().clone() for w in weights]
     for w in weights:
         w.grad = torch.randn(16, 16, generator=generator)
-    training.Muon(weights, lr=0.1).step()
+    live.Muon(weights, lr=0.1).step()
     for w, old in zip(weights, before):
         singular = torch.linalg.svdvals((old - w.detach()) / 0.1)
         assert singular.max() < 1.3 and singular.median() > 0.6
@@ -64,7 +65,7 @@ def test_muon_agrees_with_torch_up_to_its_precision():
     generator = torch.Generator().manual_seed(1)
     start, gradients = torch.randn(32, 32, generator=generator), torch.randn(3, 32, 32, generator=generator)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine = training.Muon([ours], lr=0.1)
+    mine = live.Muon([ours], lr=0.1)
     reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
     for gradient in gradients:
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -75,16 +76,16 @@ def test_muon_agrees_with_torch_up_to_its_precision():
 
 
 def test_the_learning_rate_warms_up_holds_and_decays():
-    factors = [training.learning_rate_factor(step, SMALL) for step in range(200)]
+    factors = [live.learning_rate_factor(step, SMALL) for step in range(200)]
     assert factors[0] == pytest.approx(0.2) and factors[60] == 1 and factors[-1] == pytest.approx(0.05)
     assert all(a >= b for a, b in zip(factors[100:], factors[101:]))
 
 
 def run_small(n_layers=2):
     recipe = dataclasses.replace(SMALL, n_layers=n_layers)
-    model = training.new_model(recipe)
-    optimisers = training.optimisers(model, recipe)
-    return [loss for _, loss in training.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)], model
+    model = live.new_model(recipe)
+    optimisers = live.optimisers(model, recipe)
+    return [loss for _, loss in train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)], model
 
 
 def test_the_same_seed_gives_the_same_200_steps_bit_for_bit():
@@ -97,45 +98,45 @@ def test_the_same_seed_gives_the_same_200_steps_bit_for_bit():
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     recipe = dataclasses.replace(SMALL, steps=30)
-    model = training.new_model(recipe)
-    optimisers = training.optimisers(model, recipe)
-    steps = training.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)
+    model = live.new_model(recipe)
+    optimisers = live.optimisers(model, recipe)
+    steps = train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)
     losses = [loss for _, (_, loss) in zip(range(15), steps)]
-    training.save_reading(tmp_path, model, optimisers, [{"step": 15}])
+    train.save_reading(tmp_path, model, optimisers, [{"step": 15}])
     losses += [loss for _, loss in steps]
 
-    restored = training.new_model(recipe)
-    restored_optimisers = training.optimisers(restored, recipe)
-    log = training.resume(restored, restored_optimisers, tmp_path / "resume.pt")
+    restored = live.new_model(recipe)
+    restored_optimisers = live.optimisers(restored, recipe)
+    log = train.resume(restored, restored_optimisers, tmp_path / "resume.pt")
     rest = [
         loss
-        for _, loss in training.losses_by_step(restored, STREAM, VOCAB, recipe, restored_optimisers, log[-1]["step"])
+        for _, loss in train.losses_by_step(restored, STREAM, VOCAB, recipe, restored_optimisers, log[-1]["step"])
     ]
     assert rest == losses[15:]
 
 
 def test_the_legacy_layout_is_the_trained_model():
     _, model = run_small()
-    bridge = models.build_shortformer(training.model_config(SMALL), training.legacy_state(model), "small").eval()
+    bridge = models.build_shortformer(train.model_config(SMALL), train.legacy_state(model), "small").eval()
     tokens = STREAM[:60].long().view(2, 30)
     with torch.no_grad():
         torch.testing.assert_close(bridge(tokens), model.eval()(tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_readings_are_logged_at_60_or_more_log_spaced_steps():
-    steps = training.reading_steps(Recipe(n_layers=2).steps)
+    steps = train.reading_steps(Recipe(n_layers=2).steps)
     assert steps[0] == 0 and steps[-1] == Recipe(n_layers=2).steps and len(steps) >= 60
 
 
 def test_checkpoints_to_ship_resolve_the_rise():
     log = [{"step": i, "induction_score": [[0.0], [max(0.0, (i - 50) / 50)]]} for i in range(101)]
-    steps = training.steps_to_ship(log)
+    steps = train.steps_to_ship(log)
     assert steps[0] == 0 and 7 <= len(steps) <= 10 and sum(step > 50 for step in steps) >= 5
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="induction-2l"):
-        training.train("induction-9l", tmp_path)
+        train.train("induction-9l", tmp_path)
     tokenizer = models.load("induction-1l", device="cpu").tokenizer
     with pytest.raises(ValueError, match="are needed"):
-        training.token_stream(["x = 1\n"], tokenizer, 1_000)
+        train.token_stream(["x = 1\n"], tokenizer, 1_000)

@@ -1,4 +1,4 @@
-"""Train the embedded models on Python source and log what notebook 08 shows.
+"""Train the embedded models on Python source and log what the notebook on training shows.
 
 The corpus is the source of packages that every install of this project has, so nothing is
 downloaded; pandas and seaborn are held out. In three files of four the frequent identifiers are
@@ -6,6 +6,7 @@ renamed to invented words, consistently within the file: a name that was never s
 only be predicted by copying it. One batch in ten holds random tokens with repeated segments.
 """
 
+import argparse
 import builtins
 import hashlib
 import json
@@ -22,28 +23,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from helpers import live
 from helpers.attention import induction_score, previous_token_score, score_heads
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
 from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
-from helpers.shortformer import ShortformerModel, build_shortformer, quantise, shortformer_config
+from helpers.shortformer import ShortformerModel, build_shortformer, quantise
 from helpers.stats import in_context_score, token_losses
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run; the shipped config repeats it."""
+class Recipe(live.Recipe):
+    """Everything that decides the training of an embedded model; its config repeats it."""
 
-    n_layers: int
-    seed: int = 0
     steps: int = 5000
     tokens_per_batch: int = 4096
     n_ctx: int = 512
@@ -51,15 +50,30 @@ class Recipe:
     d_model: int = 256
     n_heads: int = 8
     d_vocab: int = 1024
-    matrix_lr: float = 0.02
     other_lr: float = 2e-3
     warmup: int = 100
-    decay_from: float = 0.6
     rename_share: float = 0.75
     packages: tuple[str, ...] = ("torch", "transformers", "sympy", "networkx", "numpy", "matplotlib")
 
 
 RECIPES = {"induction-2l": Recipe(n_layers=2), "induction-1l": Recipe(n_layers=1)}
+
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help=", ".join(RECIPES))
+    parser.add_argument("--folder", type=Path, default=Path("training-runs"), metavar="DIR")
+    parser.add_argument("--ship", action="store_true", help="put the result into the package")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder / arguments.name
+    train(arguments.name, folder)
+    print(f"done; `python -m tools run --model {folder}` runs the series on it")
+    if arguments.ship:
+        ship(arguments.name, folder)
+    return 0
+
 
 # ---- corpus ----
 
@@ -172,92 +186,6 @@ def batch_at(
     return torch.cat([torch.zeros(batch, 1, dtype=torch.long), body], dim=1)
 
 
-# ---- model and optimiser ----
-
-
-def new_model(recipe: Recipe) -> ShortformerModel:
-    """A model at step 0: normal weights, no attention biases, sinusoidal positions.
-
-    Positions start at unit amplitude because they are added after the norm, whose output has
-    unit variance: small ones leave the model without a previous-token head for long.
-    """
-    fields = {k: getattr(recipe, k) for k in ("d_model", "n_layers", "n_heads", "n_ctx", "d_vocab")}
-    model = ShortformerModel(shortformer_config({**fields, "d_head": recipe.d_model // recipe.n_heads}))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    for name, weight in model.named_parameters():
-        if "ln" in name:
-            continue
-        if name.endswith("bias"):
-            weight.data.zero_()
-            weight.requires_grad_(False)
-        else:
-            weight.data.normal_(0, 0.05, generator=generator)
-    model.pos.weight.data.copy_(sinusoids(recipe.n_ctx, recipe.d_model))
-    return model
-
-
-def sinusoids(n_ctx: int, d_model: int, base: float = 10_000.0) -> Float[Tensor, "n_ctx d_model"]:
-    """Unit-amplitude sine and cosine positions. Source: Vaswani et al. 2017, section 3.5."""
-    rates = torch.exp(-math.log(base) * torch.arange(0, d_model, 2) / d_model)
-    angles = torch.arange(n_ctx)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, for square matrices of one shape.
-
-    All matrices go through the Newton-Schulz iteration as one batch in float32: a third of
-    the time of `torch.optim.Muon` on a CPU, which iterates one by one in bfloat16.
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
-    """
-
-    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(weights, dict(lr=lr, momentum=momentum))
-        self.state[weights[0]]["buffer"] = torch.zeros(len(weights), *weights[0].shape)
-
-    @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        weights, momentum = group["params"], group["momentum"]
-        gradient = torch.stack([w.grad for w in weights])
-        buffer = self.state[weights[0]]["buffer"].lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffer, momentum)
-        update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(5):
-            square = update @ update.mT
-            update = 3.4445 * update + (2.0315 * square @ square - 4.775 * square) @ update
-        torch._foreach_add_(weights, list(update), alpha=-group["lr"])
-
-
-def optimisers(model: ShortformerModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the attention matrices, AdamW for embeddings, positions, norms and unembedding."""
-    trained = [w for w in model.parameters() if w.requires_grad]
-    matrices = [w for w in model.layers.parameters() if w.ndim == 2]
-    others = [w for w in trained if all(w is not m for m in matrices)]
-    adamw = torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    return [Muon(matrices, recipe.matrix_lr), adamw]
-
-
-def learning_rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, constant, then linear decay to a twentieth."""
-    decay = (recipe.steps - step) / (recipe.steps * (1 - recipe.decay_from))
-    return min((step + 1) / recipe.warmup, 1.0, max(0.05, decay))
-
-
-def train_step(model, optimisers_, tokens: Int[Tensor, "batch pos"], factor: float) -> float:
-    """One update; returns the mean loss in nats."""
-    logits = model(tokens)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    loss.backward()
-    for optimiser in optimisers_:
-        for group in optimiser.param_groups:
-            group.setdefault("base_lr", group["lr"])
-            group["lr"] = group["base_lr"] * factor
-        optimiser.step()
-        optimiser.zero_grad()
-    return loss.item()
-
-
 # ---- readings ----
 
 
@@ -334,7 +262,7 @@ def losses_by_step(
     model.train()
     for step in range(start, recipe.steps):
         tokens = batch_at(step, stream, vocab, recipe)
-        yield step + 1, train_step(model, optimisers_, tokens, learning_rate_factor(step, recipe))
+        yield step + 1, live.train_step(model, optimisers_, tokens, live.learning_rate_factor(step, recipe))
 
 
 def train(name: str, folder: Path) -> list[dict]:
@@ -350,8 +278,8 @@ def train(name: str, folder: Path) -> list[dict]:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     tokenizer, stream = prepare(recipe)
-    model = new_model(recipe)
-    optimisers_ = optimisers(model, recipe)
+    model = live.new_model(recipe)
+    optimisers_ = live.optimisers(model, recipe)
     log = resume(model, optimisers_, folder / "resume.pt")
     config = model_config(recipe)
     bridge = build_shortformer(config, legacy_state(model), name, tokenizer).eval()
@@ -448,7 +376,7 @@ def ship(name: str, folder: Path) -> None:
         state = load_file(folder / f"checkpoints/step{step}.safetensors")
         packed = quantise({key: value.float() for key, value in state.items()})
         write_atomically(target / f"checkpoints/step{step}.safetensors", lambda p, s=packed: save_file(s, p))
-    write_text(log_file(name), json.dumps([rounded(reading) for reading in log]) + "\n")
+    write_text(target / "log.json", json.dumps([rounded(reading) for reading in log]) + "\n")
 
 
 def read_again(name: str, folder: Path, n_texts: int = 32) -> list[dict]:
@@ -474,44 +402,8 @@ def finish(folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
-def log_file(name: str) -> Path:
-    """Where the log of a shipped model lies: with its weights, so that an installation has it too."""
-    return WEIGHTS_FOLDER / name / "log.json"
-
-
-_CARD = """# {name}
-
-A {n_layers}-layer attention-only transformer of the shortformer kind (positions are added to the inputs of
-queries and keys, never to the residual stream), made for teaching how induction heads work. It is not a
-useful language model.
-
-- **Architecture**: {n_layers} attention-only layers, {n_heads} heads of {d_head}, d_model {d_model}, pre-layer-norm, no
-  attention biases, untied unembedding, context {n_ctx}, byte-level BPE of {d_vocab} tokens with `<|bos|>`.
-  {parameters:,} parameters, stored in half precision, used in float32.
-- **Trained on**: the Python source of {packages}, as pinned in
-  requirements.txt, licence headers removed. In {rename_share:.0%} of the files the frequent identifiers are renamed to
-  invented words. One batch in ten holds random tokens with repeated segments; the scores on repeated random
-  tokens must be read with that in mind, and the readings on natural text are reported apart.
-- **Held out**: the source of pandas and seaborn.
-- **How**: {steps} steps of {tokens_per_batch} tokens ({tokens:.1f} M tokens), Muon (learning rate {matrix_lr}) for the
-  attention matrices and AdamW ({other_lr}) for the rest, seed {seed}, {minutes:.0f} minutes on one CPU core that
-  was shared with other work. `python -m helpers train {name}` does it again; the log is in
-  `log.json` beside this card.
-
-| reading at the end, held-out tokens | value |
-|---|---|
-| validation loss, nats a token | {validation_loss:.3f} |
-| loss at token 50 / at token 500, nats | {loss_token_50:.3f} / {loss_token_500:.3f} |
-| in-context-learning score, nats | {in_context_score:.3f} |
-| loss on repeated random tokens, first copy / second copy, nats | {first_copy_loss:.3f} / {second_copy_loss:.3f} |
-| strongest induction score | {induction:.3f} |
-| strongest previous-token score on held-out Python | {previous:.3f} |
-
-**Limits**: it has read only Python, sees at most {n_ctx} tokens, and has no MLP. Its losses are far from those of a
-model trained to convergence. Names, comments and strings of the packages above may appear in what it writes.
-
-**Licence**: MIT for these weights. The training text is open-source code under its own licences and is not shipped.
-"""
+# The card of a shipped model, with places for its numbers.
+_CARD = Path(__file__).with_name("card.md")
 
 
 def model_card(name: str, config: dict, log: list[dict]) -> str:
@@ -520,7 +412,7 @@ def model_card(name: str, config: dict, log: list[dict]) -> str:
     width, layers = config["d_model"], config["n_layers"]
     embeddings = (2 * config["d_vocab"] + config["n_ctx"]) * width
     parameters = embeddings + layers * (4 * width**2 + 2 * width) + 2 * width
-    return _CARD.format(
+    return _CARD.read_text(encoding="utf-8").format(
         **{**config, "packages": ", ".join(config["packages"])},
         **{key: last[key] for key in last if key.endswith(("loss", "score", "_50", "_500"))},
         name=name,

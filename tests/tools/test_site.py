@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import nbformat
 import pytest
+from examination import PATHS
 
-from helpers import series, site
-from helpers.__main__ import main
+from tools import site
+from tools.__main__ import main
+from tools.run import read_notebook
 
-OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
+OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
 COMMITTED = OUTPUTS / "induction-2l"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Besides drawing without a screen: nothing of the browser's own that asks the network.
@@ -145,7 +146,7 @@ def test_every_page_of_the_site_asks_the_network_for_nothing(visit, exported):
     opened = visit((exported / "index.html").as_uri())
     links = [link.get_attribute("href") for link in opened.page.locator("a").all()]
     pages = [exported / link for link in links if not link.startswith("http")]
-    assert len(pages) >= len(series.find_notebooks())
+    assert len(pages) >= len(PATHS)
     for path in pages:
         opened.page.goto(path.as_uri())
         assert opened.page.locator("h1").first.is_visible()
@@ -207,14 +208,14 @@ def test_heads_are_drawn_in_jupyterlab(visit, lab):
 
 
 def test_questions_are_read_from_the_notebooks():
-    questions = [site.question(nbformat.read(path, as_version=4)) for path in series.find_notebooks()]
+    questions = [site.question(read_notebook(path)) for path in PATHS]
     assert len(set(questions)) == len(questions)
     assert all(20 < len(q) < 160 and q[0].isupper() and q.endswith("?") for q in questions)
 
 
 def test_the_command_refuses_what_it_would_destroy(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
-    assert main(["html", "--outputs", str(OUTPUTS), "--out", str(tmp_path / "mine")]) == 2
+    assert main(["site", "--outputs", str(OUTPUTS), "--out", str(tmp_path / "mine")]) == 2
     assert "is not a site" in capsys.readouterr().err
-    assert main(["html", "--outputs", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
+    assert main(["site", "--outputs", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "make run" in capsys.readouterr().err

@@ -4,6 +4,7 @@ The cells of an exercise carry a tag: `solution`, and after it `check`. The stud
 place of each solution, and its checks say "not attempted yet" until the stub is replaced.
 """
 
+import argparse
 import ast
 import copy
 import shutil
@@ -14,9 +15,19 @@ import nbformat
 from nbformat import NotebookNode
 
 from helpers.results import write_text
-from helpers.series import NOTEBOOKS
+from tools.run import NOTEBOOKS, find_notebooks, read_notebook
 
 NOT_ATTEMPTED, PASSED = "not attempted yet", "check passed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("workshop"), metavar="DIR", help="default: workshop")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    written = write_editions(arguments.out)
+    print(f"{len(written)} files in {arguments.out}; open {arguments.out}/INSTRUCTOR.md first")
+    return 0
 
 
 def exercises(notebook: NotebookNode) -> list[tuple[int, int]]:
@@ -58,13 +69,9 @@ def open_check(check: str) -> str:
 
 def student_edition(notebook: NotebookNode) -> NotebookNode:
     """Stubs in place of the solutions, and checks that wait for them."""
-    edition = copy.deepcopy(notebook)
-    for solution, check in exercises(edition):
-        cell = edition.cells[solution]
-        cell.source = stub(cell.source)
-        for key in ("jupyter", "cellView"):  # nothing to fold
-            cell.metadata.pop(key, None)
-        edition.cells[check].source = open_check(edition.cells[check].source)
+    edition = solution_edition(notebook)
+    for solution, _ in exercises(edition):
+        edition.cells[solution].source = stub(edition.cells[solution].source)
     return edition
 
 
@@ -72,7 +79,7 @@ def solution_edition(notebook: NotebookNode) -> NotebookNode:
     """The solutions in sight, and checks that say when they pass."""
     edition = copy.deepcopy(notebook)
     for solution, check in exercises(edition):
-        for key in ("jupyter", "cellView"):
+        for key in ("jupyter", "cellView"):  # nothing to fold
             edition.cells[solution].metadata.pop(key, None)
         edition.cells[check].source = open_check(edition.cells[check].source)
     return edition
@@ -84,14 +91,12 @@ def write_editions(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
     Raises:
         ValueError: there are no notebooks, `out` is a file, or a notebook's exercises are malformed.
     """
-    sources = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not sources:
-        raise ValueError(f"no notebooks in {folder}; run from a clone of the repository")
+    sources = find_notebooks(folder=folder)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder")
     written = []
     for path in sources:
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read_notebook(path)
         for name, edition in (("student", student_edition), ("solutions", solution_edition)):
             written.append(write_text(out / name / path.name, nbformat.writes(edition(notebook)) + "\n"))
     shutil.copyfile(folder / "INSTRUCTOR.md", out / "INSTRUCTOR.md")

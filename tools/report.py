@@ -1,14 +1,12 @@
-"""One page that compares the models of which outputs exist, made from their summaries and tables alone."""
+"""Pages made from summaries and tables alone: the report of one model, and the atlas that compares several."""
 
+import argparse
+import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from matplotlib.figure import Figure
 
-from helpers import plots
-from helpers.results import as_text, markdown_table, read_summaries, write_atomically, write_text
+from helpers.results import write_atomically, write_text
 
 SCORES, ABLATION, PATCHING, LENS, WEIGHTS = (
     "02_attention_visualization", "03_head_ablation", "04_activation_patching", "05_logit_lens", "07_circuit_weights",
@@ -33,6 +31,84 @@ ROWS = [
 ]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="all that have outputs by default")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    print(f"see {write_atlas(arguments.outputs, arguments.model)}")
+    return 0
+
+
+# ---- what a summary holds ----
+
+
+def read_summaries(model_folder: Path) -> dict[str, dict]:
+    """The summaries of one model's notebooks, by notebook, in order."""
+    return {path.parent.name: _read_json(path) for path in sorted(model_folder.glob("*/summary.json"))}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; run its notebook again ({error})") from None
+
+
+def is_estimate(value) -> bool:
+    """Whether a recorded value is a mean with its interval."""
+    return isinstance(value, dict) and {"mean", "low", "high"} <= value.keys()
+
+
+def as_text(value) -> str:
+    """A recorded value for a table: an estimate with its interval, floats to three digits."""
+    if is_estimate(value):
+        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {as_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(as_text(item) for item in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(rows: pd.DataFrame) -> list[str]:
+    """The lines of a table in Markdown."""
+    header = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
+    return header + ["| " + " | ".join(as_text(v) for v in row) + " |" for row in rows.itertuples(index=False)]
+
+
+# ---- one model ----
+
+
+def write_report(model_folder: Path) -> Path | None:
+    """Gather the summaries of one model's notebooks into `report.md`, with tables and figures."""
+    summaries = list(read_summaries(model_folder).values())
+    if not summaries:
+        return None
+    lines = [f"# {model_folder.name}: what the series found", ""]
+    lines += ["Every number below is read from the `summary.json` and the tables beside it.", ""]
+    for summary in summaries:
+        lines += _report_section(summary, model_folder / summary["notebook"])
+    versions = ", ".join(f"{name} {number}" for name, number in summaries[-1]["versions"].items())
+    return write_text(model_folder / "report.md", "\n".join([*lines, "", f"Made with {versions}.", ""]))
+
+
+def _report_section(summary: dict, folder: Path) -> list[str]:
+    name = summary["notebook"]
+    lines = ["", f"## [{name}]({name}.ipynb)", "", "| result | value |", "|---|---|"]
+    lines += [f"| {key.replace('_', ' ')} | {as_text(value)} |" for key, value in summary["results"].items()]
+    for table in summary["tables"]:
+        rows = pd.read_csv(folder / f"{table}.csv").head(10)
+        lines += ["", f"{table.replace('_', ' ')}", "", *markdown_table(rows)]
+    for figure in sorted((folder / "figures").glob("*.png")):
+        lines += ["", f"![{figure.stem}]({name}/figures/{figure.name})"]
+    return lines
+
+
+# ---- several models ----
+
+
 def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     """Write `atlas.md`, `atlas.csv` and `atlas.png` into the outputs folder; returns the page.
 
@@ -43,26 +119,23 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     missing = set(models or []) - set(present)
     if missing or not present:
         names = ", ".join(sorted(missing)) or "any model"
-        raise ValueError(f"no outputs of {names} in {outputs}; type `python -m helpers run --model NAME` first")
+        raise ValueError(f"no outputs of {names} in {outputs}; type `python -m tools run --model NAME` first")
     found = {name: read_summaries(outputs / name) for name in models or present}
     texts = [text for text, *_ in ROWS] + ["copying score of the strongest induction head, from its weights"]
     columns = {name: [*_column(s), _copying(outputs / name, s)] for name, s in found.items()}
     table = pd.DataFrame({"": texts} | columns)
     write_atomically(outputs / "atlas.csv", lambda path: table.to_csv(path, index=False))
     scores = {name: pd.read_csv(outputs / name / SCORES / "induction_scores.csv") for name in found}
-    plots.use_style()
     figure = depth_figure(scores, {name: s[SCORES]["results"]["layout"] for name, s in found.items()})
     write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, format="png"))
-    plt.close(figure)
     lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
     lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
     lines += [f"- {_layout(name, summaries)}" for name, summaries in found.items()]
-    lines += ["", "## Seconds", "", *markdown_table(_seconds(found)), ""]
-    lines += [f"[Report of {name}]({name}/report.md)  " for name in found]
+    lines += ["", *(f"[Report of {name}]({name}/report.md)  " for name in found)]
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
 
 
-_TEXT = """Made by `python -m helpers report` from the summaries and tables of each model; brackets are 95 % intervals.
+_TEXT = """Made by `python -m tools report` from the summaries and tables of each model; brackets are 95 % intervals.
 Depth 0 is the first layer, 1 the last. Sizes of the prompt sets differ between models and are in each summary,
 so compare which heads and how strong, not the width of intervals."""
 
@@ -86,14 +159,6 @@ def _copying(folder: Path, summaries: dict[str, dict]) -> str:
     return as_text(float(scores[summaries[SCORES]["results"]["top_induction_head"]]))
 
 
-def _seconds(found: dict[str, dict[str, dict]]) -> pd.DataFrame:
-    notebooks = sorted({notebook for summaries in found.values() for notebook in summaries})
-    columns = {
-        name: [as_text(s[n]["wall_time_s"]) if n in s else "not run" for n in notebooks] for name, s in found.items()
-    }
-    return pd.DataFrame({"notebook": notebooks} | columns)
-
-
 def _layout(name: str, summaries: dict[str, dict]) -> str:
     """Sliding windows and grouped queries of one model, in a sentence or two."""
     results = summaries[SCORES]["results"]
@@ -114,8 +179,14 @@ def _layout(name: str, summaries: dict[str, dict]) -> str:
     return text
 
 
-def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> Figure:
+def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> "Figure":
     """Every head's induction score against its depth, one panel a model; layers without a window are marked."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    from helpers import plots
+
+    plots.use_style()
     figure, axes = plt.subplots(1, len(scores), figsize=(1.5 + 3.6 * len(scores), 3.8), sharey=True, squeeze=False)
     for axis, (name, table) in zip(axes[0], scores.items()):
         layout = layouts[name]
@@ -137,4 +208,5 @@ def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> F
             axis.legend(frameon=False, fontsize=9)
     axes[0, 0].set_ylabel("induction score")
     sns.despine(figure)
+    plt.close(figure)  # it lives on, but nothing shows it unasked
     return figure

@@ -1,5 +1,6 @@
 """The executed series as a static site: opened from a folder or a USB stick, it asks no network for anything."""
 
+import argparse
 import html
 import re
 import shutil
@@ -11,6 +12,7 @@ import nbformat
 
 from helpers.catalog import DEFAULT_MODEL
 from helpers.results import write_text
+from tools.run import read_notebook
 
 SCRIPT = "circuitsvis.js"
 
@@ -19,19 +21,20 @@ _TEMPLATE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}"""
 
-_CONTENTS = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>The induction-head series</title><style>
-body {{ font: 18px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; width: 100% }}
-td, th {{ padding: .4rem .8rem; border-bottom: 1px solid #ccc; text-align: left }}
-img {{ max-width: 100% }}
-</style></head><body><h1>The induction-head series</h1>
-{figure}
-<p>Every page is an executed notebook, with the results of the model it ran on.</p>
-{tables}
-</body></html>
-"""
+# The contents page, with a place for the figure and one for the tables.
+_CONTENTS = Path(__file__).with_suffix(".html")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+    parser.add_argument("--out", type=Path, default=Path("site"), metavar="DIR", help="default: site")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    contents = write_site(arguments.outputs, arguments.out)
+    size = sum(path.stat().st_size for path in contents.parent.rglob("*")) / 1e6
+    print(f"open {contents} in a browser; the folder is {size:.1f} MB and needs no network")
+    return 0
 
 
 def question(notebook) -> str:
@@ -86,7 +89,8 @@ def write_site(outputs: Path, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".site-") as temporary:
         new = Path(temporary) / "site"
         tables = [_write_model(folder, new / folder.name) for folder in folders]
-        write_text(new / "index.html", _CONTENTS.format(figure=_lead_figure(folders, new), tables="\n".join(tables)))
+        contents = _CONTENTS.read_text(encoding="utf-8")
+        write_text(new / "index.html", contents.format(figure=_lead_figure(folders, new), tables="\n".join(tables)))
         shutil.rmtree(out, ignore_errors=True)
         new.rename(out)
     return out / "index.html"
@@ -101,7 +105,7 @@ def _write_model(folder: Path, out: Path) -> str:
     """The pages of one model; returns their part of the contents page."""
     rows = []
     for path in _executed(folder):
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read_notebook(path)
         whole, script = _without_script(page(notebook))
         write_text(out / f"{path.stem}.html", whole)
         if script:

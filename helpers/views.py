@@ -1,0 +1,80 @@
+"""Interactive CircuitsVis views. Beside each, put a static figure: GitHub runs no script."""
+
+import re
+from pathlib import Path
+
+import circuitsvis
+import numpy as np
+import torch
+from circuitsvis.attention import attention_heads
+from circuitsvis.tokens import colored_tokens, colored_tokens_multi
+from jaxtyping import Float
+from torch import Tensor
+
+from helpers.plots import visible
+
+_CALL = re.compile(
+    r'CircuitsVis\.render\(\s*"(?P<id>[^"]+)",\s*CircuitsVis\.(?P<element>\w+),(?P<props>.*)\)\s*</script>', re.S
+)
+
+
+class Html:
+    """HTML that a notebook shows."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_html_(self) -> str:
+        return self.text
+
+
+def script() -> Html:
+    """The CircuitsVis script from the installed package; show it once in a notebook.
+
+    CircuitsVis itself inlines 1.3 MB in every view offline, and loads from a CDN online, so
+    that a saved notebook is blank without a network.
+    """
+    text = (Path(circuitsvis.__file__).parent / "dist/cdn/iife.js").read_text(encoding="utf-8")
+    # `</script` inside the text would end the element; the source map is not shipped with us.
+    text = text.replace("</script", r"<\/script").replace("//# sourceMappingURL=iife.js.map", "")
+    return Html(f"<script>{text};window.CircuitsVis = CircuitsVis;</script>interactive views are ready")
+
+
+def heads(attention: Float[Tensor, "head query key"], tokens: list[str], names: list[str]) -> Html:
+    """Several heads' patterns; hover a head to see it, a token to follow it.
+
+    Raises:
+        ValueError: there is not one name a head, or not one token a position.
+    """
+    if attention.shape != (len(names), len(tokens), len(tokens)):
+        raise ValueError(f"patterns {tuple(attention.shape)} for {len(names)} names and {len(tokens)} tokens")
+    rounded = np.round(attention.cpu().numpy().astype(np.float64), 3).tolist()
+    return _without_script(attention_heads(rounded, [visible(t) for t in tokens], names))
+
+
+def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[str] | None = None) -> Html:
+    """A text with a value per token, or one for each of `labels` to pick from.
+
+    Raises:
+        ValueError: there is not one value a token, or not one column a label.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64).cpu().round(decimals=3)
+    if values.shape != (len(texts), *([len(labels)] if labels else [])):
+        raise ValueError(f"values {tuple(values.shape)} for {len(texts)} tokens and {len(labels or [])} labels")
+    shown = [visible(t) for t in texts]
+    return _without_script(
+        colored_tokens_multi(shown, values, labels) if labels else colored_tokens(shown, values.tolist())
+    )
+
+
+def _without_script(view) -> Html:
+    call = _CALL.search(view.local_src)
+    online = re.search(r'from "(https:[^"]+)"', view.cdn_src)[1]
+    # A token such as "</script>" or "<!--" must neither end the element nor swallow what follows it.
+    props = call["props"].strip().replace("<", r"\u003c")
+    # Colab puts every output into a page of its own, where only the CDN can be reached.
+    return Html(
+        f'<div id="{call["id"]}" style="margin: 15px 0;"></div><script type="module">'
+        f'const cv = window.CircuitsVis ?? await import("{online}");'
+        f'cv.render("{call["id"]}", cv.{call["element"]}, {props})</script>'
+    )

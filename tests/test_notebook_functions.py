@@ -1,0 +1,173 @@
+"""Functions that a notebook defines before the reader's eyes, taken out of its cells and held to their definitions."""
+
+import ast
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import SHORTFORMER, shortformer_state
+from transformer_lens.FactoredMatrix import FactoredMatrix
+from transformer_lens.utilities.matrix import composition_scores
+
+from helpers import circuits, models, prompts
+from helpers.hypotheses import OTHER, RESAMPLED, UNSCRUBBED, Input, Rule, X
+from helpers.shortformer import ShortformerModel
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+IMPORTED = dict(
+    torch=torch, np=np, circuits=circuits, prompts=prompts, ShortformerModel=ShortformerModel, X=X,
+    FactoredMatrix=FactoredMatrix, composition_scores=composition_scores, cfg=SimpleNamespace(device="cpu"),
+)  # fmt: skip
+
+
+def defined_in(notebook: str, function: str, **names):
+    """A function of a notebook, with those that it calls and `names` around it."""
+    (path,) = NOTEBOOKS.glob(f"{notebook}_*.ipynb")
+    sources = [
+        c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and "def " in c.source
+    ]
+    known = {
+        node.name: node for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+    }
+    called = {node.id for node in ast.walk(known[function]) if isinstance(node, ast.Name)} & known.keys()
+    space = IMPORTED | names
+    exec(compile(ast.Module([known[name] for name in {function, *called}], []), str(path), "exec"), space)
+    return space[function]
+
+
+L = 6
+N = 2 * L + 1
+INDUCTION = torch.nn.functional.one_hot(torch.where(torch.arange(N) > L, torch.arange(N) - (L - 1), 0), N).float()[
+    None, None
+]
+TOKENS = torch.cat([torch.tensor([0]), torch.arange(1, L + 1), torch.arange(1, L + 1)])[None]
+N_HEADS, LENGTH, ROLES = 4, 5, {"previous": (2,), "same": (0, 3)}
+
+
+def test_stripe_share_is_detect_heads_measure():
+    stripe_share = defined_in("02", "stripe_share")
+    from transformer_lens import head_detector as theirs
+
+    random = torch.rand(1, 4, N, N, generator=torch.Generator().manual_seed(0)).tril()
+    random = random / random.sum(-1, keepdim=True)
+    wanted = theirs.get_induction_head_detection_pattern(TOKENS)
+    expected = [
+        theirs.compute_head_attention_similarity_score(
+            head, wanted, exclude_bos=False, exclude_current_token=False, error_measure="mul"
+        )
+        for head in random[0]
+    ]
+    torch.testing.assert_close(stripe_share(random, L)[0], torch.tensor(expected))
+    assert stripe_share(INDUCTION, L).item() == pytest.approx(L / N)
+
+
+def test_wins():
+    wins = defined_in("05", "wins")
+    rank = torch.tensor([[5, 0, 0, 3], [0, 4, 0, 2], [0, 0, 0, 1]])
+    first, for_good = wins(rank)
+    assert first.tolist() == [1, 0, 0, 3]
+    assert for_good.tolist() == [1, 2, 0, 3]
+
+
+def test_translator_recovers_an_affine_map():
+    affine_map = defined_in("05", "affine_map")
+    generator = torch.Generator().manual_seed(0)
+    source, weight, offset = (torch.randn(shape, generator=generator) for shape in ((400, 8), (8, 8), (8,)))
+    found = affine_map(source, source @ weight + offset, ridge=1e-9)
+    torch.testing.assert_close(source @ found[:-1] + found[-1], source @ weight + offset, atol=1e-4, rtol=0)
+
+
+def test_random_matrices_compose_at_one_over_root_width():
+    random_composition = defined_in("07", "random_composition")
+    scores = random_composition(d_model=64, d_head=8, n=200)
+    assert scores.pow(2).mean().sqrt().item() == pytest.approx(1 / 8, rel=0.02)
+    assert torch.equal(scores, random_composition(d_model=64, d_head=8, n=200))
+
+
+def test_positional_patterns_are_the_models_own_when_tokens_contribute_nothing():
+    positional_patterns = defined_in("07", "positional_patterns")
+    tokens = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
+    state = shortformer_state(SHORTFORMER)
+    state |= {key: torch.zeros_like(value) for key, value in state.items() if key.endswith("ln1.w")}
+    silent = models.build_shortformer(SHORTFORMER, state, "silent")
+    _, cache = silent.run_with_cache(tokens)
+    patterns = positional_patterns(silent, tokens.shape[1])
+    for layer in range(2):
+        torch.testing.assert_close(cache["pattern", layer][0], patterns[layer], atol=1e-5, rtol=1e-4)
+
+
+def test_positional_patterns_of_learned_positions_are_causal(tiny):
+    positional_patterns = defined_in("07", "positional_patterns")
+    patterns = positional_patterns(tiny("gpt2"), 12)
+    assert patterns.shape == (3, 4, 12, 12)
+    torch.testing.assert_close(patterns.sum(-1), torch.ones(3, 4, 12))
+    assert (patterns.triu(1) == 0).all()
+
+
+def test_unscrubbed_share_counts_ingredients():
+    share = defined_in(
+        "06", "unscrubbed_share", layer_0_roles=ROLES, model=SimpleNamespace(cfg=SimpleNamespace(n_heads=N_HEADS))
+    )
+    assert share(UNSCRUBBED, LENGTH) == 1
+    assert share(RESAMPLED, LENGTH) == 0
+    naive_key = Input(
+        OTHER, Rule(), (("previous", Rule(from_x=(1,))),)
+    )  # one head, one value a query, at all queries but the first
+    total = sum(1 + 2 * N_HEADS * (q + 1) for q in range(LENGTH))
+    assert share(naive_key, LENGTH) == pytest.approx((LENGTH - 1) / total)
+    assert share(Input(X, Rule()), LENGTH, last_only=True) == 1 / (1 + 2 * N_HEADS * LENGTH)
+
+
+def test_the_heuristic_gains_where_the_text_repeats_and_loses_where_it_does_not():
+    induction_benefit = defined_in("06", "induction_benefit")
+    # After token 1 comes always the same token within a text, another in each text; after 2 never.
+    texts = torch.tensor([[0, 1, a, 2, b, 1, a, 2, c, 1, a] for a, b, c in ((5, 6, 7), (8, 9, 10), (11, 12, 13))])
+    benefit, count = induction_benefit(texts, d_vocab=20)
+    assert benefit[1] > 0.3 and benefit[2] < 0
+    assert count[1] == 9 and count[5] == 2
+
+
+def test_induction_benefit_is_its_definition():
+    induction_benefit = defined_in("06", "induction_benefit")
+    texts = torch.tensor([[0, 1, 2, 1, 2, 1, 3], [0, 1, 3, 2, 3, 1, 2]])
+    benefit, _ = induction_benefit(texts, d_vocab=5, beta=1.5)
+    pairs = [(a, b) for row in texts.tolist() for a, b in zip(row, row[1:])]
+    gains = []
+    for row in texts.tolist():
+        for i, (a, b) in enumerate(zip(row, row[1:])):
+            unigram = sum(pair[1] == b for pair in pairs) / len(pairs)
+            p = (pairs.count((a, b)) - 1 + unigram) / sum(pair[0] == a for pair in pairs)
+            earlier = [row[j + 1] == b for j in range(i) if row[j] == a]
+            up, down = p * math.exp(1.5 * sum(earlier)), (1 - p) * math.exp(1.5 * (len(earlier) - sum(earlier)))
+            gains.append((a, math.log(up / (up + down)) - math.log(p)))
+    expected = np.mean([gain for a, gain in gains if a == 1])
+    assert benefit[1] == pytest.approx(expected, abs=1e-4)
+
+
+def test_contexts_end_on_an_allowed_token_with_the_next_as_answer():
+    contexts = defined_in("06", "contexts")
+    texts = torch.arange(40).reshape(2, 20)
+    allowed = torch.zeros(40, dtype=torch.bool)
+    allowed[[3, 12, 15]] = True
+    found = contexts(texts, allowed, length=6)
+    assert len(found.tokens) == 1 and found.tokens.shape[1] == 7
+    (row,) = found.tokens.tolist()
+    assert row[0] == 0 and row[-2] in (12, 15) and row[1:] == list(range(row[1], row[-1] + 1))
+    with pytest.raises(ValueError, match="none of 2"):
+        contexts(texts, ~torch.ones(40, dtype=torch.bool), length=6)
+
+
+def test_heads_are_chosen_by_share_of_the_best():
+    strong_heads = defined_in("06", "strong_heads")
+    assert strong_heads(torch.tensor([0.1, 0.8, 0.4, 0.39])) == (1, 2)
+
+
+def test_same_token_share_counts_the_query_itself():
+    same_token_share = defined_in("06", "same_token_share")
+    pattern = torch.tensor([[1.0, 0, 0], [0.3, 0.7, 0], [0.25, 0.25, 0.5]])[None, None]
+    share = same_token_share(pattern, torch.tensor([[4, 5, 4]]))
+    assert share.item() == pytest.approx((1 + 0.7 + 0.75) / 3)
