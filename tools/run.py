@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from helpers.catalog import DEFAULT_MODEL, resolve, slug
 from helpers.results import write_text
+from tools.convert import ensure
 from tools.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,13 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
-    for model in arguments.model if find_spec("tools.convert") else []:
-        from tools.convert import ensure
-
-        ensure(model)
     notebooks = find_notebooks(arguments.notebooks)
     jobs = plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters), arguments.small)
     for model in dict.fromkeys(job.model for job in jobs):
+        ensure(model)
         try_loading(model)
     errors = run(jobs, arguments.jobs)
     for label, error in errors.items():
@@ -232,7 +229,7 @@ def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
             for folder in {job.folder for job in jobs if job.label in errors}:
                 try:
                     write_report(folder)
-                except OSError as error:
+                except (OSError, ValueError, KeyError) as error:
                     errors[f"the report of {folder.name}"] = f"{type(error).__name__}: {error}"
     return {label: error for label, error in errors.items() if error}
 
