@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -90,6 +92,14 @@ def test_every_notebook_executes(executed, path):
     assert (folder / path.name).stat().st_size < 3e6
     assert list((folder / path.stem / "figures").glob("*.png"))
     assert f"## [{path.stem}]" in (folder / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(PATHS[0]), "executed.ipynb"]
+    ended = subprocess.run([*command, "-p", "model_name", "induction-1l"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "outputs/induction-1l" / PATHS[0].stem / "summary.json").exists()
 
 
 def numbers(value, name=""):
