@@ -56,6 +56,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
     notebooks = find_notebooks(arguments.notebooks)
     jobs = plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters), arguments.small)
+    with claimed(jobs[0].out, {job.folder for job in jobs}):
+        pass  # a folder that cannot be written is found out before anything that takes long
     for model in dict.fromkeys(job.model for job in jobs):
         ensure(model)
         try_loading(model)
@@ -189,13 +191,13 @@ def plan(
 
 
 def try_loading(model: str) -> None:
-    """Load a model that is not shipped, in a process of its own, before the notebooks start.
+    """Load a model from a folder, a file or the hub, in a process of its own, before the notebooks start.
 
     Raises:
         ValueError: it cannot be loaded, with the loader's reason.
     """
-    if resolve(model).kind == "embedded":
-        return
+    if resolve(model).kind not in ("folder", "nanogpt", "hub"):
+        return  # shipped, or converted and checked by its hash
     code = "import sys; from helpers.models import load; load(sys.argv[1])"
     command = [sys.executable, "-c", code, model]
     ended = subprocess.run(command, env=kernel_environment(), capture_output=True, text=True)
@@ -242,10 +244,7 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         for left in out.glob(".staging-*"):
-            for old in left.glob("replaced/*/*"):  # a run was killed between two renames
-                if not (out / old.relative_to(left / "replaced")).exists():
-                    old.rename(out / old.relative_to(left / "replaced"))
-            shutil.rmtree(left, ignore_errors=True)
+            _clear(left)
         for folder in filter(Path.exists, folders):
             tempfile.TemporaryFile(dir=folder).close()
         staging = tempfile.TemporaryDirectory(dir=out, prefix=".staging-", ignore_cleanup_errors=True)
@@ -255,11 +254,21 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
         lock.release()
         place = error.filename or out
         raise ValueError(f"cannot write into {place} ({error.strerror}); name another folder with --out") from None
-    with staging as folder:
-        try:
+    try:
+        with staging as folder:
             yield Path(folder)
-        finally:
-            lock.release()
+    finally:
+        lock.release()
+
+
+def _clear(left: Path) -> None:
+    """Remove the staging folder of a killed run, after putting back what it had only moved away."""
+    for old in left.glob("replaced/*/*"):
+        place = left.parent / old.relative_to(left / "replaced")
+        place.parent.mkdir(exist_ok=True)
+        if not place.exists():
+            old.rename(place)
+    shutil.rmtree(left, ignore_errors=True)
 
 
 async def _run_all(jobs: list[Job], n_parallel: int, staging: Path, errors: dict[str, str | None]) -> None:
