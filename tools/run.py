@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from helpers.catalog import DEFAULT_MODEL, resolve, slug
 from helpers.results import write_text
+from tools.convert import ensure
 from tools.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,13 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
-    for model in arguments.model if find_spec("tools.convert") else []:
-        from tools.convert import ensure
-
-        ensure(model)
     notebooks = find_notebooks(arguments.notebooks)
     jobs = plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters), arguments.small)
+    with claimed(jobs[0].out, {job.folder for job in jobs}):
+        pass  # a folder that cannot be written is found out before anything that takes long
     for model in dict.fromkeys(job.model for job in jobs):
+        ensure(model)
         try_loading(model)
     errors = run(jobs, arguments.jobs)
     for label, error in errors.items():
@@ -192,13 +191,13 @@ def plan(
 
 
 def try_loading(model: str) -> None:
-    """Load a model that is not shipped, in a process of its own, before the notebooks start.
+    """Load a model from a folder, a file or the hub, in a process of its own, before the notebooks start.
 
     Raises:
         ValueError: it cannot be loaded, with the loader's reason.
     """
-    if resolve(model).kind == "embedded":
-        return
+    if resolve(model).kind not in ("folder", "nanogpt", "hub"):
+        return  # shipped, or converted and checked by its hash
     code = "import sys; from helpers.models import load; load(sys.argv[1])"
     command = [sys.executable, "-c", code, model]
     ended = subprocess.run(command, env=kernel_environment(), capture_output=True, text=True)
@@ -232,7 +231,7 @@ def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
             for folder in {job.folder for job in jobs if job.label in errors}:
                 try:
                     write_report(folder)
-                except OSError as error:
+                except (OSError, ValueError, KeyError) as error:
                     errors[f"the report of {folder.name}"] = f"{type(error).__name__}: {error}"
     return {label: error for label, error in errors.items() if error}
 
@@ -245,10 +244,7 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         for left in out.glob(".staging-*"):
-            for old in left.glob("replaced/*/*"):  # a run was killed between two renames
-                if not (out / old.relative_to(left / "replaced")).exists():
-                    old.rename(out / old.relative_to(left / "replaced"))
-            shutil.rmtree(left, ignore_errors=True)
+            _clear(left)
         for folder in filter(Path.exists, folders):
             tempfile.TemporaryFile(dir=folder).close()
         staging = tempfile.TemporaryDirectory(dir=out, prefix=".staging-", ignore_cleanup_errors=True)
@@ -258,11 +254,21 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
         lock.release()
         place = error.filename or out
         raise ValueError(f"cannot write into {place} ({error.strerror}); name another folder with --out") from None
-    with staging as folder:
-        try:
+    try:
+        with staging as folder:
             yield Path(folder)
-        finally:
-            lock.release()
+    finally:
+        lock.release()
+
+
+def _clear(left: Path) -> None:
+    """Remove the staging folder of a killed run, after putting back what it had only moved away."""
+    for old in left.glob("replaced/*/*"):
+        place = left.parent / old.relative_to(left / "replaced")
+        place.parent.mkdir(exist_ok=True)
+        if not place.exists():
+            old.rename(place)
+    shutil.rmtree(left, ignore_errors=True)
 
 
 async def _run_all(jobs: list[Job], n_parallel: int, staging: Path, errors: dict[str, str | None]) -> None:

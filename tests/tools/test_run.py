@@ -1,5 +1,6 @@
 """The runner: good outputs survive failures, runs do not disturb each other, and a re-run changes nothing."""
 
+import json
 import os
 
 import nbformat
@@ -123,6 +124,12 @@ def test_the_values_that_a_notebook_declares_are_within_its_ranges(path):
     exec(run.read_notebook(path).cells[run.parameters_cell(run.read_notebook(path))].source, parameters)
     values = {k: str(v) for k, v in parameters.items() if k not in ("__builtins__", *run.OWN_PARAMETERS)}
     assert run.check_parameters(path, values) == {name: parameters[name] for name in values}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_small_sizes_are_of_parameters_and_within_their_ranges(path):
+    sizes = json.loads((run.NOTEBOOKS / "small.json").read_text()).get(path.stem, {})
+    assert run.check_parameters(path, {name: str(value) for name, value in sizes.items()}) == sizes
 
 
 def test_notebooks_are_found_by_number_or_name_and_once(notebooks):
