@@ -92,7 +92,7 @@ def fold(make: Callable[[], TransformerBridge]) -> TransformerBridge:
             _apply(bridge, steps)
             if (log_probs(bridge, tokens) - expected).abs().max() < TOLERANCE:
                 bridge.folded = steps
-                return bridge
+                return bridge.requires_grad_(False)  # again, because new weights came in
         bridge = None
     bridge = make().eval().requires_grad_(False)
     bridge.folded = ()

