@@ -59,12 +59,12 @@ def read_hugging_face(folder: Path) -> torch.nn.Module:
         ) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found[f"{kind}_keys"])
-        if keys:
-            what = "of another shape than config.json says" if kind == "mismatched" else kind
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise ValueError(f"{folder}: weights {what}: {', '.join(keys[:5])}{more}; it would load as another model")
+    wrong = []
+    for kind, what in (("missing", "missing"), ("unexpected", "unexpected"), ("mismatched", "of another shape")):
+        keys = sorted(key[0] if isinstance(key, tuple) else key for key in found[f"{kind}_keys"])
+        wrong += [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"] * bool(keys)
+    if wrong:
+        raise ValueError(f"{folder}: weights {'; '.join(wrong)}; it would load as another model than was saved")
     return model
 
 

@@ -111,6 +111,29 @@ def encoder_decoder(folder: Path) -> Path:
     return folder
 
 
+def in_two_files(folder: Path) -> Path:
+    """Weights whose index names a second file that is not there."""
+    (gpt2(folder) / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"transformer.ln_f.bias": "model-00002-of-00002.safetensors"}}
+    return written(folder / "model.safetensors.index.json", json.dumps(index)).parent
+
+
+def state_space(folder: Path) -> Path:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
+    MambaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def image_model(folder: Path) -> Path:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder)
+    return folder
+
+
 # What is on disk -> words of the sentence with which loading refuses it.
 BROKEN = {
     "an empty folder": (lambda p: (p.mkdir(), p)[1], ["config.json"]),
@@ -127,20 +150,40 @@ BROKEN = {
     "one layer missing": (
         lambda p: rekeyed(p, lambda w: {k: v for k, v in w.items() if ".h.1." not in k}), ["h.1"],
     ),
+    "no head": (lambda p: reconfigured(p, tie_word_embeddings=False), ["missing: lm_head.weight"]),
+    "one weight too many": (
+        lambda p: rekeyed(p, lambda w: w | {"transformer.h.0.extra.weight": torch.zeros(2)}), ["h.0.extra.weight"],
+    ),
+    "fewer layers than weights": (lambda p: reconfigured(p, n_layer=1), ["unexpected: transformer.h.1"]),
+    "a file that is not there": (in_two_files, ["model-00002-of-00002"]),
     "keys of something else": (lambda p: rekeyed(p, lambda w: {f"other.{k}": v for k, v in w.items()}), ["other."]),
     "weights of another shape": (
-        lambda p: rekeyed(p, lambda w: w | {"transformer.wte.weight": torch.zeros(49, 32)}), ["wte"],
+        lambda p: rekeyed(p, lambda w: w | {"transformer.wte.weight": torch.zeros(49, 32)}), ["another shape: transformer.wte.weight"],
     ),
     "weights as a pickle": (pickled_weights, ["pytorch_model.bin", "safetensors"]),
-    "code of its own": (with_code, ["code"]),
-    "an encoder": (encoder, ["bert"]),
-    "an encoder and a decoder": (encoder_decoder, ["t5"]),
+    "a pointer for a configuration": (
+        lambda p: written(gpt2(p) / "config.json", POINTER).parent, ["config.json", "git lfs pull"],
+    ),
+    "a pointer for a tokenizer": (
+        lambda p: written(written(gpt2(p) / "tokenizer_config.json", "{}").parent / "tokenizer.json", POINTER).parent,
+        ["tokenizer.json", "git lfs pull"],
+    ),
+    "code of its own": (with_code, ["config.json", "code"]),
+    "a tokenizer's own code": (
+        lambda p: written(gpt2(p) / "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "own.Own"}}').parent,
+        ["tokenizer_config.json", "code"],
+    ),
+    "an encoder": (encoder, ["bert", "an encoder", "about decoders"]),
+    "an encoder and a decoder": (encoder_decoder, ["t5", "an encoder-decoder", "about decoders"]),
+    "a state-space model": (state_space, ["mamba", "no attention heads", "about decoders"]),
+    "a model of images": (image_model, ["vit", "not a causal language model"]),
     "an unknown architecture": (lambda p: reconfigured(p, model_type="nobody", architectures=["Nobody"]), ["nobody"]),
     "a checkpoint that is a pickle": (
         lambda p: written(p / "ckpt.pt", pickle.dumps(Bomb())), ["ckpt.pt"],
     ),
     "a checkpoint that holds an object": (lambda p: checkpoint(p, config=Bomb()), ["ckpt.pt"]),
     "a truncated checkpoint": (lambda p: truncated(checkpoint(p)), ["ckpt.pt", "damaged"]),
+    "a pointer for a checkpoint": (lambda p: written(p / "ckpt.pt", POINTER), ["ckpt.pt", "git lfs pull"]),
     "a checkpoint that is text": (lambda p: written(p / "ckpt.pt", "hello"), ["ckpt.pt"]),
     "a checkpoint of something else": (lambda p: checkpoint(p, model_args={}), ["ckpt.pt"]),
     "a checkpoint without its vocabulary's size": (
@@ -152,6 +195,7 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_model_is_refused_in_one_sentence(what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("something was asked on the terminal"))
     make, words = BROKEN[what]
     path = make(tmp_path / "model")
     with pytest.raises((ValueError, catalog.ModelUnavailable)) as refused:
