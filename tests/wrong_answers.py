@@ -11,26 +11,26 @@ def three_copies(model, length, batch, seed):
     return [losses[:, i * length : (i + 1) * length].mean().item() for i in range(3)]
 ''', "leave out its first token"),
         ("swap_corruption", '''
-def swap_corruption(tokens):
+def swap_corruption(tokens, k):
     swapped = tokens.clone()
-    swapped[:, 2] = tokens[:, 3]
+    swapped[:, k], swapped[:, 1 + k] = tokens[:, 1 + k], tokens[:, k]
     return swapped
-''', "keeps the tokens"),
+''', "position 1 + k"),
+        ("interrupt", '''
+def interrupt(tokens, length, fresh):
+    broken = tokens.clone()
+    broken[:, length + 1 :: 2] = fresh[:, ::2]
+    return broken
+''', "off by one"),
     ],
     "02_attention_visualization": [
         ("find_induction_heads", '''
-def find_induction_heads(model, threshold, length=30, seed=0):
+def find_induction_heads(model, threshold, length, seed):
     tokens = prompts.repeated_tokens(model, length, 1, seed)
     stripe = attention.patterns_of(model, tokens).diagonal(-length, -2, -1).mean(-1)
     found = sorted((s.item(), i, j) for i, row in enumerate(stripe) for j, s in enumerate(row) if s > threshold)
     return [stats.head_name(i, j) for _, i, j in found]
 ''', "strongest"),
-        ("perfect_pattern", '''
-def perfect_pattern(length):
-    n = 2 * length + 1
-    keys = torch.where(torch.arange(n) > length, torch.arange(n) - length, 0)
-    return torch.nn.functional.one_hot(keys, n).float()[None, None]
-''', "one off"),
         ("one_layer_scores", '''
 def one_layer_scores(table, tokens):
     return table[tokens[None, :], tokens[:, None]]

@@ -41,6 +41,12 @@ def test_the_page_is_made_from_the_summaries(outputs):
     assert "0.500 [0.500, 0.500]" in page and (outputs / "atlas.png").exists()
 
 
+def test_every_row_of_the_page_is_something_that_its_notebook_records():
+    for text, notebook, keys in report.ROWS:
+        results = json.loads((OUTPUTS / "induction-2l" / notebook / "summary.json").read_text())["results"]
+        assert set(keys) <= results.keys(), text
+
+
 def test_models_can_be_chosen_and_missing_ones_are_named(outputs, capsys):
     assert main(["report", "--outputs", str(outputs), "--model", "other"]) == 0
     assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["other"]

@@ -1,0 +1,117 @@
+"""Read a model in Hugging Face format, and refuse one that would load as something else than it is."""
+
+import json
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# What torch.compile, DataParallel and PEFT put before the names of a model's weights.
+PREFIXES = r"^((_orig_mod|module|base_model\.model)\.)+"
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
+CODE = "asks for code of its own (auto_map), which is never run; where transformers knows the model, remove the entry"
+
+
+def read_json(file: Path) -> dict:
+    """The contents of a JSON file.
+
+    Raises:
+        ValueError: the file is damaged, or only a git-lfs pointer.
+    """
+    refuse_pointer(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object; fetch the file again")
+    return content
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise a ValueError where git-lfs left a note instead of the file."""
+    with file.open("rb") as start:
+        if start.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{file} is a git-lfs pointer, not the file itself; type `git lfs pull` in its folder")
+
+
+def read_hugging_face(folder: Path) -> torch.nn.Module:
+    """The causal language model in a folder, in single precision and with eager attention, which makes patterns.
+
+    Raises:
+        ValueError: it is another kind of model, a file is damaged, or names or shapes of weights do not match.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _refuse_other_kinds(folder)
+    for file in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
+        _refuse_damaged(file)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
+            key_mapping={PREFIXES: ""}, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{folder}: its pytorch_model.bin holds more than tensors, or is damaged, and a pickle can run code, "
+            "so it is not opened; save the model as safetensors"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    wrong = []
+    for kind, what in (("missing", "missing"), ("unexpected", "unexpected"), ("mismatched", "of another shape")):
+        keys = sorted(key[0] if isinstance(key, tuple) else key for key in found[f"{kind}_keys"])
+        wrong += [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"] * bool(keys)
+    if wrong:
+        raise ValueError(f"{folder}: weights {'; '.join(wrong)}; it would load as another model than was saved")
+    return model
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    raw = read_json(folder / "config.json")
+    if "auto_map" in raw:
+        raise ValueError(f"{folder / 'config.json'} {CODE}")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        kind = raw.get("model_type")
+        raise ValueError(f"{folder}: transformers cannot read its configuration (model_type {kind!r})") from error
+    wanted = f"{folder} is a {config.model_type} model, {{}}; the series is about decoders with attention"
+    if config.is_encoder_decoder:
+        raise ValueError(wanted.format("an encoder-decoder"))
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ValueError(wanted.format("an encoder"))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(wanted.format("not a causal language model"))
+    if getattr(config.get_text_config(), "num_attention_heads", None) is None:
+        raise ValueError(wanted.format("which has no attention heads"))
+    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    if others := [kind for kind in layers if kind not in ATTENTION]:
+        raise ValueError(wanted.format(f"whose layers are in part without attention ({others[0]})"))
+
+
+def _refuse_damaged(file: Path) -> None:
+    refuse_pointer(file)
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not whole ({error}); fetch the file again") from error
+
+
+def read_tokenizer(folder: Path):
+    """The tokenizer of a folder in Hugging Face format, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    config = folder / "tokenizer_config.json"
+    if not config.exists():
+        return None
+    if "auto_map" in read_json(config):
+        raise ValueError(f"{config} {CODE}")
+    for file in folder.glob("tokenizer*.json"):
+        refuse_pointer(file)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
