@@ -1,53 +1,23 @@
 """The residual stream taken as a prediction (the logit lens), and a logit taken apart (direct logit attribution).
 
-Logits go through TransformerLens's own `logit_readout` (the real final norm, W_U and b_U, a
-few rows at a time). Its `logit_lens` and `direct_logit_attribution` are not used: the first
-runs the unembedding at every position, the second refuses a final norm that was not folded
-and, in Gemma 3, takes heads before the norm that follows attention.
+TransformerLens's own `logit_lens` and `direct_logit_attribution` are not used: the first runs the
+unembedding at every position, the second refuses a final norm that was not folded and, in
+Gemma 3, takes heads before the norm that follows attention.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.tools.analysis.logit_lens import logit_readout
 
-from helpers.prompts import Prompts
-from helpers.stats import head_name, progress
+from helpers.circuits import fold
+from helpers.metrics import final_logits, position_in, scale_and_cap
+from helpers.stats import progress
 
 Stream = Float[Tensor, "stop batch place d_model"]  # place: all positions, or the one asked for
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the lens predicts of one token per prompt and position, at every stop."""
-
-    log_prob: Float[Tensor, "stop *batch_pos"]  # nats
-    rank: Int[Tensor, "stop *batch_pos"]  # 0 = the lens's first choice
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """A logit as the sum of what each component of the model writes in its direction.
-
-    Components: "embed", "pos_embed", heads as `L1H3`, "L1 bias" (of the attention's output),
-    "L1 MLP", and "final bias" (of the final norm and the unembedding).
-    """
-
-    written: dict[str, Float[Tensor, "batch"]]
-    heads: Float[Tensor, "batch layer head"]
-    logit: Float[Tensor, "batch"]  # the model's own, which all that is written sums to
-
-    def by_group(self) -> dict[str, Float[Tensor, "batch"]]:
-        """Summed into embedding, heads by layer, MLP by layer, and all biases."""
-        groups: dict[str, Tensor] = {}
-        for name, values in self.written.items():
-            group = "biases" if "bias" in name else "embedding" if "embed" in name else name
-            group = group if " " in group or "H" not in group else f"{group.split('H')[0]} heads"
-            groups[group] = groups.get(group, 0) + values
-        return groups
 
 
 # ---- the lens ----
@@ -81,8 +51,10 @@ def stream(
     return torch.stack([found[name] for name in hooks])
 
 
-def predict_tokens(model: TransformerBridge, resid: Stream, tokens: Int[Tensor, "batch pos"]) -> Prediction:
-    """Log-probability (nats) and rank that the lens gives `tokens` at every stop.
+def log_probs_and_ranks(
+    model: TransformerBridge, resid: Stream, tokens: Int[Tensor, "batch place"]
+) -> tuple[Float[Tensor, "stop batch place"], Int[Tensor, "stop batch place"]]:
+    """Log-probability (nats) that the lens gives `tokens` at every stop, and their rank (0 is its first choice).
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
 
@@ -91,36 +63,37 @@ def predict_tokens(model: TransformerBridge, resid: Stream, tokens: Int[Tensor, 
     """
     if tokens.shape != resid.shape[1:3]:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} for a stream over {tuple(resid.shape[1:3])}")
-    out = logit_readout(model, resid, targets=tokens, return_type="log_probs")
-    return Prediction(out.values[..., 0], out.target_ranks[..., 0])
+    targets = tokens.expand(resid.shape[:3]).flatten()[:, None]
 
+    def of(log_probs, rows):
+        target = log_probs.gather(1, targets[rows])
+        return target[:, 0], (log_probs > target).sum(1)
 
-def predict_answers(model: TransformerBridge, prompts: Prompts, mid: bool = False, chunk: int = 16) -> Prediction:
-    """The lens on each prompt's answer, at the position that predicts it: over [stop, batch]."""
-    batches = [*zip(prompts.tokens.split(chunk), prompts.answers.split(chunk))]
-    out = [
-        predict_tokens(model, stream(model, tokens, -2, mid), answers[:, None])
-        for tokens, answers in progress(batches, "lens")
-    ]
-    return Prediction(*(torch.cat([getattr(p, name)[..., 0] for p in out], 1) for name in ("log_prob", "rank")))
+    return _read(model, resid, of)
 
 
 def top_tokens(
     model: TransformerBridge, resid: Stream, k: int = 1
-) -> tuple[Int[Tensor, "stop batch pos k"], Float[Tensor, "stop batch pos k"]]:
-    """The lens's `k` first choices at every stop and their probabilities."""
-    out = logit_readout(model, resid, top_k=k, return_type="probs")
-    return out.top_ids, out.values
+) -> tuple[Float[Tensor, "stop batch place k"], Int[Tensor, "stop batch place k"]]:
+    """Log-probabilities (nats) and ids of the lens's `k` first choices at every stop."""
+    return _read(model, resid, lambda log_probs, rows: log_probs.topk(k))
+
+
+@torch.inference_mode()
+def _read(model, resid: Stream, of: Callable) -> tuple[Tensor, Tensor]:
+    """`of(log_probs[row, d_vocab], rows)`, a pair, for a few rows at a time: a vocabulary is wide."""
+    everywhere = resid.flatten(0, 2)
+    rows = torch.arange(len(everywhere), device=resid.device).split(64)
+    parts = [of(final_logits(model, everywhere[None, part])[0].log_softmax(-1), part) for part in progress(rows, "lens")]
+    return tuple(torch.cat(each).unflatten(0, resid.shape[:3]) for each in zip(*parts))
 
 
 def _capture(model, tokens, names, position: int | None) -> tuple[dict[str, Tensor], Tensor]:
     """Activations at the position asked for, and the model's logits at the first of them."""
-    n = tokens.shape[1]
     if tokens.numel() == 0:
         raise ValueError(f"empty batch of shape {tuple(tokens.shape)}")
-    if position is not None and not -n <= position < n:
-        raise ValueError(f"position {position} is outside prompts of {n} tokens")
-    there = slice(0, n) if position is None else slice(position % n, position % n + 1)
+    first = None if position is None else position_in(tokens, position, "the lens is put at")
+    there = slice(first, None if first is None else first + 1)
     found: dict[str, Tensor] = {}
 
     def keep(name):  # by the name asked for: an alias's hook point goes by another
@@ -136,80 +109,71 @@ def _capture(model, tokens, names, position: int | None) -> tuple[dict[str, Tens
 # ---- direct logit attribution ----
 
 
+@dataclass(frozen=True)
+class Attribution:
+    """A logit, or the difference of two, as the sum of what each part of the model writes along it."""
+
+    embedding: Float[Tensor, "batch"]  # with positions, where they enter the stream
+    heads: Float[Tensor, "batch layer head"]
+    mlps: Float[Tensor, "batch layer"]
+    biases: Float[Tensor, "batch"]  # of attention's outputs, the final norm and the unembedding
+    logit: Float[Tensor, "batch"]  # the model's own
+
+    def total(self) -> Float[Tensor, "batch"]:
+        """The sum of all parts, which equals `logit` up to rounding."""
+        return self.embedding + self.heads.sum((1, 2)) + self.mlps.sum(1) + self.biases
+
+
 def attribute(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "batch pos"],
-    answers: Int[Tensor, "batch"],
-    against: Int[Tensor, "batch"] | None = None,
-    position: int = -2,
-) -> Attribution:
-    """The logit of `answers` (less that of `against`, if given), split by head, MLP, embedding, bias.
+    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], answers: Int[Tensor, "batch"],
+    against: Int[Tensor, "batch"] | None = None, position: int = -2,
+) -> Attribution:  # fmt: skip
+    """The logit of `answers` (less that of `against`, if given), split by head, MLP, embedding and bias.
 
     The scales of the final norm and of norms between a head and the stream are those of the
-    run, so that every component is linear in what it writes and all sum to the logit.
+    run, so that every part is linear in what it writes and all sum to the logit.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
     Raises:
-        ValueError: the batch is empty, or the components do not sum to the logit, as where a
-            model caps its logits or scales what its layers write.
+        ValueError: the model caps its logits, so that none is a sum; or the parts do not sum to the logit.
     """
-    names = ["blocks.0.hook_resid_pre", "hook_pos_embed", "ln_final.hook_scale"]
+    scale, cap = scale_and_cap(model)
+    if cap:
+        raise ValueError(f"{model.cfg.model_name} caps its logits at {cap}, so that a logit is no sum of parts")
+    names = ["blocks.0.hook_resid_pre", "ln_final.hook_scale"]
     for layer in range(model.cfg.n_layers):
         names += [f"blocks.{layer}.{name}" for name in ("attn.hook_z", "ln1_post.hook_scale", "hook_mlp_out")]
     found, logits = _capture(model, tokens, [name for name in names if name in model.hook_dict], position)
-    found = {name: activation[:, 0] for name, activation in found.items()}
-    direction, bias = model.W_U.T[answers], model.b_U[answers]
-    logit = logits.gather(1, answers[:, None])[:, 0]
-    if against is not None:
-        direction, bias = direction - model.W_U.T[against], bias - model.b_U[against]
-        logit = logit - logits.gather(1, against[:, None])[:, 0]
-    result = Attribution(*_split(model, found, direction, bias), logit)
-    _require_sum(model, torch.stack(list(result.written.values())), logit)
+
+    def difference(of):
+        return of(answers) if against is None else of(answers) - of(against)
+
+    column, bias = scale * difference(lambda ids: model.W_U[:, ids]), scale * difference(lambda ids: model.b_U[ids])
+    logit = difference(lambda ids: logits.gather(1, ids[:, None])[:, 0])
+    result = Attribution(*_split(model, {name: x[:, 0] for name, x in found.items()}, column, bias), logit)
+    size = result.embedding.abs() + result.heads.abs().sum((1, 2)) + result.mlps.abs().sum(1) + result.biases.abs()
+    if (error := float(((result.total() - logit).abs() / size).max())) > 1e-3:
+        raise ValueError(f"what {model.cfg.model_name} writes does not sum to its logits: off by {error:.1e} of its size")
     return result
 
 
-def _before_norm(norm, direction: Tensor, scale: Tensor | None) -> Tensor:
-    """The direction that, before a norm of this scale, takes what `direction` takes after it."""
-    weight = getattr(norm, "weight", None)
-    if weight is not None:
-        direction = direction * (1 + weight if norm.uses_weight_offset else weight)
-    if scale is None:  # a model without norms
-        return direction
-    if not norm.uses_rms_norm:
-        direction = direction - direction.mean(-1, keepdim=True)
-    return direction / scale
+def _split(model, found, column: Float[Tensor, "d_model batch"], bias: Float[Tensor, "batch"]) -> tuple[Tensor, ...]:
+    """Embedding, heads, MLPs and biases along a column of the unembedding that is read after the final norm."""
 
+    def before(norm, column, scale):  # a model without norms has no scale
+        return column if scale is None else fold(norm, column) / scale.T
 
-def _split(model, found, direction, bias) -> tuple[dict[str, Tensor], Tensor]:
-    final = getattr(model.ln_final, "bias", None)
-    written = {"final bias": bias if final is None else bias + direction @ final}
-    direction = _before_norm(model.ln_final, direction, found.get("ln_final.hook_scale"))
-    embed, pos = found["blocks.0.hook_resid_pre"], found.get("hook_pos_embed")
-    if pos is not None:
-        embed, written["pos_embed"] = embed - pos, (pos * direction).sum(-1)
-    written["embed"] = (embed * direction).sum(-1)
-    heads = [_add_layer(written, found, block, layer, direction) for layer, block in enumerate(model.blocks)]
-    return written, torch.stack(heads, 1)
-
-
-def _add_layer(written, found, block, layer, direction) -> Tensor:
-    at = f"blocks.{layer}."
-    # Gemma 3 norms the sum of its heads before adding it to the stream.
-    scale = found.get(at + "ln1_post.hook_scale")
-    before = direction if scale is None else _before_norm(block.ln1_post, direction, scale)
-    heads = torch.einsum("bhd,hdm,bm->bh", found[at + "attn.hook_z"], block.attn.W_O, before)
-    written |= {head_name(layer, head): values for head, values in enumerate(heads.T)}
-    if block.attn.b_O is not None:
-        written[f"L{layer} bias"] = before @ block.attn.b_O
-    if at + "hook_mlp_out" in found:
-        written[f"L{layer} MLP"] = (found[at + "hook_mlp_out"] * direction).sum(-1)
-    return heads
-
-
-def _require_sum(model, written: Float[Tensor, "component batch"], logit: Float[Tensor, "batch"]) -> None:
-    error = (written.sum(0) - logit).abs() / written.abs().sum(0)
-    if (error > 1e-3).any():
-        raise ValueError(
-            f"what is written in {model.cfg.model_name} does not sum to its logits (off by {float(error.max()):.1e} "
-            "of its size); a model that caps its logits or scales its layers cannot be split so"
-        )
+    if getattr(model.ln_final, "bias", None) is not None:
+        bias = bias + model.ln_final.bias @ column
+    column = before(model.ln_final, column, found.get("ln_final.hook_scale"))
+    # Granite's layers write this many times what their attention and MLP give.
+    times, heads, mlps = getattr(getattr(model.original_model, "config", None), "residual_multiplier", 1), [], []
+    for layer, block in enumerate(model.blocks):
+        part = {name.split(".", 2)[2]: x for name, x in found.items() if name.startswith(f"blocks.{layer}.")}
+        # Gemma 3 norms the sum of its heads before adding it to the stream.
+        read = times * before(getattr(block, "ln1_post", None), column, part.get("ln1_post.hook_scale"))
+        heads.append(torch.einsum("bhd,hdm,mb->bh", part["attn.hook_z"], block.attn.W_O, read))
+        mlps.append(times * torch.einsum("bm,mb->b", part["hook_mlp_out"], column) if "hook_mlp_out" in part else 0 * bias)
+        bias = bias if block.attn.b_O is None else bias + block.attn.b_O @ read
+    embedding = (found["blocks.0.hook_resid_pre"].T * column).sum(0)
+    return embedding, torch.stack(heads, 1), torch.stack(mlps, 1), bias
