@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 
 PARTS = {
     "z": "attn.o.hook_in", "attn": "attn.o", "q": "attn.q", "k": "attn.k", "v": "attn.v",
-    "pattern": "attn.hook_pattern", "mlp": "hook_mlp_out",
+    "pattern": "attn.hook_pattern", "mlp": "mlp",
 }  # fmt: skip
 
 

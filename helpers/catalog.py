@@ -3,7 +3,9 @@
 This module imports neither torch nor TransformerLens, so that a wrong name is refused at once.
 """
 
+import hashlib
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +92,21 @@ def resolve(name: str) -> Source:
         f"unknown model {name!r}; known names: {known}. "
         "A local folder, a nanoGPT ckpt.pt or a hub id written owner/name also works."
     )
+
+
+def slug(name: str) -> str:
+    """The name of a model's folder in the outputs, which two models never share.
+
+    A name of the table stands for itself, a hub id has `--` for `/`, a path ends in a hash of where it lies.
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    if resolve(name).kind not in ("folder", "nanogpt"):
+        return name.replace("/", "--")
+    path = Path(name).expanduser().resolve()
+    readable = path.name if path.is_dir() else f"{path.parent.name}-{path.stem}"
+    return re.sub(r"[^\w.-]+", "-", readable) + "-" + hashlib.sha256(str(path).encode()).hexdigest()[:10]
 
 
 def checkpoints(name: str) -> dict[str, Path]:

@@ -99,6 +99,8 @@ def patch_resid(
     """
     _check_part(what, ("resid", "attn") if model.cfg.attn_only else ("resid", "attn", "mlp"))
     sweep = _patching(model, corrupted, clean, metric, () if what == "resid" else (what,))
+    if what == "mlp" and torch.equal(sweep.record["mlp"][0], sweep.record["out"][0]):
+        raise ValueError(f"the MLP of {model.cfg.architecture} adds the residual stream; patch 'resid' or 'attn'")
     return _each_head(sweep, what, _of_clean(sweep), "each", corrupted.shape[1]).squeeze(2)
 
 

@@ -85,10 +85,7 @@ def final_logits(model: TransformerBridge, resid: Float[Tensor, "*row d_model"])
 
     After it Cohere multiplies its logits, Granite divides them, and Gemma 2 caps them.
     """
-    config, logits = getattr(model.original_model, "config", None), model.unembed(model.ln_final(resid))
-    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return cap * (logits / cap).tanh() if cap else logits
+    return model.adapter.apply_output_logits_transform(model.unembed(model.ln_final(resid)))
 
 
 def positions_read(model: TransformerBridge, tokens: Tokens, metric: Metric) -> list[int]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from helpers.catalog import slug
+
 VERSIONS_OF = ("torch", "transformer-lens", "transformers", "circuitsvis", "numpy")
 
 
@@ -49,7 +51,7 @@ class Results:
         # Capitals and underscores are IPython's own: In, Out, _dh, _i1.
         plain = {k: v for k, v in namespace.items() if k[0].islower() and isinstance(v, str | int | float | list)}
         self.notebook, self.parameters = notebook, plain
-        self.folder = Path(plain["output_dir"]) / Path(str(plain["model_name"])).name / notebook
+        self.folder = Path(plain["output_dir"]) / slug(plain["model_name"]) / notebook
         self.numbers: dict = {}
         self.tables: list[str] = []
         self.started = time.monotonic()

@@ -141,11 +141,13 @@ class TextPool:
         z = torch.empty_like(self.z)
         for rule in set(rules):
             heads = [head for head, its in enumerate(rules) if its == rule]
+            # Indexing by a list copies, which all heads together need not.
+            heads = slice(None) if len(heads) == len(rules) else heads
             z[:, :, heads] = self.head_outputs(rule, heads, rows)
         out = z.flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
         return out + _pick(self.embedding, rows[built.embedding])
 
-    def head_outputs(self, rule: Rule, heads: list[int], rows: Rows) -> Float[Tensor, "text pos head d_head"]:
+    def head_outputs(self, rule: Rule, heads: list[int] | slice, rows: Rows) -> Float[Tensor, "text pos head d_head"]:
         """z of layer-0 heads under a rule."""
         pattern_row, v = rows[rule.pattern], self.v[:, :, heads]
         v_other = _pick(v, rows[rule.values])
@@ -153,12 +155,13 @@ class TextPool:
             z = _pick(self.z[:, :, heads], pattern_row)
         else:
             z = torch.einsum("bqhk,bkhd->bqhd", _pick(self.pattern[:, :, heads], pattern_row), v_other)
+        gap = v - v_other
         for offset in rule.from_x if rule.values == OTHER else ():
             n = z.shape[1] - offset
             weight = self.pattern.diagonal(-offset, 1, 3)[:, heads].mT  # [text, query from offset, head]
             weight = _pick(weight, pattern_row[:, offset:])[..., None]
             weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
-            z[:, offset:].addcmul_(weight, v[:, :n] - v_other[:, :n])
+            z[:, offset:].addcmul_(weight, gap[:, :n])
         return z
 
     def project(self, kind: str, residual: Float[Tensor, "text pos d_model"]) -> Float[Tensor, "text pos head d_head"]:

@@ -48,6 +48,7 @@ class Sweep:
         self.calls, self.frozen = Calls(), False
         self.record = {part: [] for part in ["out", "z", "attn", *parts, *(["pattern"] if frozen else [])]}
         logits = self._run(tokens[:, : self.length].to(model.cfg.device))
+        self._check_patterns()
         self.frozen = frozen
         ours = self.logits(self.record["out"][-1][:, self.read])
         error = float((ours - logits).abs().max() / logits.abs().max())
@@ -88,9 +89,20 @@ class Sweep:
         def by_position(out):  # OPT's MLP gives all positions of all prompts on one axis
             return out if out.ndim > 2 else out.unflatten(0, (-1, self.length - self.first))
 
+        # BLOOM's attention adds the residual stream itself, so it is more than what o gives.
+        yield self.blocks[0].attn, lambda _, __, out: setattr(
+            self, "ends_in_o", torch.equal(only_tensor(out), self.record["attn"][0])
+        )
         for block in self.blocks:
             yield block, keep("out")
             yield from ((block.get_submodule(PARTS[part]), keep(part)) for part in self.record.keys() & PARTS.keys())
+
+    def _check_patterns(self):
+        """Refuse patterns that cannot be edited: TransformerLens computes some models' only to show them."""
+        if "pattern" in self.record:
+            nothing = (self.blocks[0].attn.hook_pattern, lambda _, __, pattern: torch.zeros_like(pattern))
+            if torch.equal(self.block(0, self.rows("resid", 0, 1), [nothing]), self.record["out"][0][: self.n]):
+                raise ValueError(f"attention patterns of {self.model.cfg.architecture} can be read but not edited")
 
     # ---- running upwards ----
 
@@ -160,12 +172,14 @@ class Sweep:
     def swap(self, layer: int, part: str, new: Tensor, where: Tensor) -> tuple[nn.Module, Callable]:
         """Hook that puts `new` where `where` says, both as in `replaced`, at the last positions of what comes."""
 
-        def put(_, __, out):
+        def put(_, __, given):
+            out = only_tensor(given)
             by_row = out if out.ndim > 2 else out.unflatten(0, (len(where) * self.n, -1))
             old = by_head(by_row, part, self.model.cfg.d_head).unflatten(0, (-1, self.n))
             tail = slice(-old.shape[2], None)
             mixed = torch.where(where[:, :, tail], new[:, :, tail], old).flatten(0, 1)
-            return (mixed.transpose(1, 2) if part == "pattern" else mixed).reshape(out.shape)
+            mixed = (mixed.transpose(1, 2) if part == "pattern" else mixed).reshape(out.shape)
+            return (mixed, *given[1:]) if isinstance(given, tuple) else mixed
 
         return self.blocks[layer].get_submodule(PARTS[part]), put
 
@@ -175,7 +189,7 @@ class Sweep:
         Shapes: new[#item, #prompt, pos, head, width] and where[item, 1, #pos, #head, 1]; what belongs to no head
         has a single one.
         """
-        if part not in ("resid", "z", "attn"):
+        if part not in ("resid", "z", "attn") or (part != "resid" and not self.ends_in_o):
             return self.through(layer, self.rows("resid", layer, len(where)), [self.swap(layer, part, new, where)])
         tail = slice(-self.few if layer == self.last and part != "resid" else None, None)
         old = self.part(layer, part)[: self.n, tail]

@@ -22,6 +22,9 @@ from helpers import catalog, models
 SHORTFORMER = dict(d_model=32, n_layers=2, n_heads=4, d_head=8, n_ctx=64, d_vocab=50, shortformer_pos=True)
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
 ARCHITECTURES = ("shortformer", "gpt2", "gpt-neox", "llama", "gemma3")
+# What else a model may do: positions by head (ALiBi), a residual stream inside attention and MLP, an MLP on flattened
+# positions, capped, multiplied and divided logits.
+UNUSUAL = ("bloom", "opt", "gemma2", "cohere", "granite")
 
 
 def pytest_addoption(parser):
@@ -69,16 +72,28 @@ def shortformer_state(config: dict, seed: int = 0, biases: bool = True) -> dict[
 
 def hugging_face_config(architecture: str):
     """A three-layer configuration of one architecture, with every feature the series must bear."""
-    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig
+    import transformers as hf
 
+    ends, heads = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0), dict(num_key_value_heads=2)
+    sizes = SIZES | dict(max_position_embeddings=64)
     if architecture == "gpt2":
-        return GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+        return hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, **ends)
+    if architecture == "bloom":
+        return hf.BloomConfig(vocab_size=50, hidden_size=32, n_layer=3, n_head=4, **ends)
+    if architecture == "opt":
+        return hf.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, **ends)
     if architecture == "gpt-neox":
-        return GPTNeoXConfig(**SIZES, max_position_embeddings=64, rotary_pct=0.25, bos_token_id=0, eos_token_id=0)
+        return hf.GPTNeoXConfig(**sizes, rotary_pct=0.25, **ends)
+    if architecture == "gemma2":
+        return hf.Gemma2Config(**sizes, **heads, head_dim=8, sliding_window=8, final_logit_softcapping=5.0)
+    if architecture == "cohere":
+        return hf.CohereConfig(**sizes, **heads, logit_scale=0.2, **ends)
+    if architecture == "granite":
+        return hf.GraniteConfig(**sizes, **heads, logits_scaling=4.0, residual_multiplier=0.7, **ends)
     if architecture == "llama":
-        return LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
-    return Gemma3TextConfig(
-        **SIZES, num_key_value_heads=1, head_dim=8, sliding_window=8, max_position_embeddings=64,
+        return hf.LlamaConfig(**sizes, **heads, **ends)
+    return hf.Gemma3TextConfig(
+        **sizes, num_key_value_heads=1, head_dim=8, sliding_window=8,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"], query_pre_attn_scalar=8,
     )  # fmt: skip
 
@@ -89,7 +104,7 @@ def model_folder(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     folders = {}
-    for architecture in ARCHITECTURES[1:]:
+    for architecture in (*ARCHITECTURES[1:], *UNUSUAL):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(hugging_face_config(architecture))
         for weight in model.parameters():

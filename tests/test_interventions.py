@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, UNUSUAL
 from oracles import ablation_loop, cached, measured, patch_loop, peak_bytes, stream_loop
 from transformer_lens import patching
 from transformer_lens.config import TransformerBridgeConfig
@@ -125,6 +125,30 @@ def test_patching_positions_equals_the_loop(tiny, architecture):
     for what, name in names.items():
         expected = stream_loop(model, corrupted.tokens, clean.tokens, metric, name)
         close(patch_resid(model, corrupted.tokens, clean.tokens, metric, what), expected)
+
+
+@pytest.mark.parametrize("architecture", UNUSUAL)
+def test_models_that_do_more_than_blocks(tiny, architecture):
+    model, corrupted, clean = tiny(architecture), batch(0), batch(1)
+    metric = answer_loss(corrupted)
+    for how, position in (("zero", None), ("mean", "last")):
+        at = 12 if position else slice(None)
+        expected = ablation_loop(model, corrupted.tokens, metric, how, at)
+        close(ablate_heads(model, corrupted.tokens, metric, how, position), expected)
+    for what in ("q", "v"):
+        expected = patch_loop(model, corrupted.tokens, clean.tokens, metric, what)
+        close(patch_heads(model, corrupted.tokens, clean.tokens, metric, what), expected)
+    # The last layer's residual stream is the last thing that an edit may go past.
+    expected = stream_loop(model, corrupted.tokens, clean.tokens, metric, "blocks.{}.hook_resid_pre")
+    close(patch_resid(model, corrupted.tokens, clean.tokens, metric), expected)
+
+
+def test_what_cannot_be_edited_is_refused(tiny):
+    tokens, metric = batch().tokens, answer_loss(batch())
+    with pytest.raises(ValueError, match="attention patterns of OPTForCausalLM can be read but not edited"):
+        ablate_heads(tiny("opt"), tokens, metric, "pattern-preserving")
+    with pytest.raises(ValueError, match="the MLP of BloomForCausalLM adds the residual stream"):
+        patch_resid(tiny("bloom"), tokens, batch(1).tokens, metric, "mlp")
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt-neox", "llama"])

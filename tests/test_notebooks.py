@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from conftest import SHORTFORMER, shortformer_state
 from examination import PATHS
 from safetensors.torch import save_file
 
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, slug
 from helpers.nanogpt import shipped_tokenizer
 from tools import run
 
@@ -89,7 +91,15 @@ def test_every_notebook_executes(executed, path):
     assert not errors
     assert (folder / path.name).stat().st_size < 3e6
     assert list((folder / path.stem / "figures").glob("*.png"))
-    assert f"## {path.stem}" in (folder / "report.md").read_text()
+    assert f"## [{path.stem}]" in (folder / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(PATHS[0]), "executed.ipynb"]
+    ended = subprocess.run([*command, "-p", "model_name", "induction-1l"], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "outputs/induction-1l" / PATHS[0].stem / "summary.json").exists()
 
 
 def numbers(value, name=""):
@@ -161,9 +171,10 @@ def test_scrubbing_runs_on_redwoods_layout_and_in_its_general_form_on_a_deeper_m
     small = {"n_texts": "48", "n_few": "24", "n_corpus": "60"}
     errors = run.run(run.plan(models, run.find_notebooks(["06"]), tmp_path / "out", small), n_parallel=2)
     assert not errors
-    deeper = (tmp_path / "out/deeper/06_causal_scrubbing.ipynb").read_text()
+    redwood, deeper = (tmp_path / "out" / slug(name) for name in models)
+    deeper = (deeper / "06_causal_scrubbing.ipynb").read_text()
     assert "has 3 layer(s) and MLPs, and the two-layer table holds" in deeper
-    redwood = tmp_path / "out/redwood/06_causal_scrubbing"
+    redwood = redwood / "06_causal_scrubbing"
     assert len((redwood / "scrubbing.csv").read_text().splitlines()) > 6 * 4
     assert "90 / 51 / 79 / 35" in (redwood / "table_beside_the_post.csv").read_text()
 
@@ -178,3 +189,8 @@ def test_committed_notebooks_are_small_clean_and_current(path, model):
     assert ran == [c.source for c in nbformat.read(path, as_version=4).cells]
     outputs = [o for c in content.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
+    # Neither warnings nor places of the machine that it ran on, nor what differs from run to run.
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    shown = [str(o.get("text", "")) + o.get("data", {}).get("text/plain", "") for o in outputs]
+    assert not re.findall(r"site-packages|/root/|/home/|/tmp/|/Users/|0x[0-9a-f]{8,}", "".join(shown))
+    assert not [c for c in content.cells if c.metadata.get("execution")]

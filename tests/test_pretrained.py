@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import httpx2
+import oracles
 import pytest
 import torch
 from conftest import put_in_cache, write_tokenizer
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 
-from helpers import attention, models, prompts, stats
+from helpers import attention, interventions, metrics, models, prompts, stats
 from helpers.catalog import MODELS, ModelUnavailable, resolve
 from tools import convert, run
 
@@ -175,13 +176,21 @@ def test_first_readings_come_back(name):
 
 @pytest.mark.slow
 @each_wheel
-def test_scores_and_ablation_run_in_small(name, tmp_path):
-    # The sizes of the committed outputs.
-    assert not run.run(run.plan([name], run.find_notebooks(["02", "03"]), tmp_path, {}, small=True))
-    results = {
-        path.parent.name[:2]: json.loads(path.read_text())["results"] for path in tmp_path.glob("*/*/summary.json")
-    }
-    top_two = list(READINGS[name])[:2]
-    assert results["02"]["top_induction_head"] in top_two
-    assert results["03"]["largest_difference_from_by_hand_nats"] < 1e-4
-    assert set(results["03"]["induction_heads"]) & set(READINGS[name])
+def test_scores_run_in_small(name, tmp_path):
+    # The sizes of the committed outputs. Notebook 03 on these models takes minutes; the sweep below stands for it.
+    assert not run.run(run.plan([name], run.find_notebooks(["02"]), tmp_path, {}, small=True))
+    (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("*/*/summary.json"))
+    assert summary["results"]["top_induction_head"] in list(READINGS[name])[:2]
+
+
+@pytest.mark.slow
+@each_wheel
+def test_a_sweep_at_the_last_position_equals_the_loop(name):
+    bridge = models.load(name, device="cpu")
+    pair = prompts.repeat_task(bridge, length=16, k=2, batch=2)
+    loss, tokens = metrics.answer_loss(pair.clean), pair.clean.tokens
+    effects = interventions.ablate_heads(bridge, tokens, loss, "mean", position="last")
+    heads = [tuple(map(int, re.findall(r"\d+", head))) for head in list(READINGS[name])[:3]] + [(0, 0)]
+    expected = oracles.ablation_loop(bridge, tokens, loss, "mean", tokens.shape[1] - 2, heads=heads)
+    for layer, head in heads:
+        torch.testing.assert_close(effects[:, layer, head], expected[:, layer, head], atol=1e-4, rtol=0)

@@ -13,7 +13,7 @@ from helpers.results import Results, write_atomically
 
 @pytest.fixture
 def results(tmp_path):
-    namespace = {"model_name": "some/where/m", "seed": 3, "names": ["a"], "output_dir": str(tmp_path)}
+    namespace = {"model_name": "owner/m", "seed": 3, "names": ["a"], "output_dir": str(tmp_path)}
     noise = {"In": [""], "_dh": ["/"], "__name__": "__main__", "torch": torch, "model": object()}
     return Results("99_test", noise | namespace | {"_i1": "x = 1"})
 
@@ -38,13 +38,13 @@ def test_everything_is_written_where_the_report_finds_it(results, tmp_path):
     assert results.keep("score", torch.tensor([0.1, 0.2]))["values"] == pytest.approx([0.1, 0.2])
     assert results.keep("head", "L0H1") == "L0H1"
     found = results.finish()
-    folder = tmp_path / "m" / "99_test"
+    folder = tmp_path / "owner--m" / "99_test"
     assert {p.name for p in folder.iterdir()} == {"figures", "headline.csv", "losses.csv", "summary.json"}
     assert (folder / "losses.csv").read_text() == "loss_nats\n0.333333\n"
     assert found["quantity"].tolist() == ["score"] and list(found) == ["quantity", "mean", "low", "high", "n"]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["parameters"] == {
-        "model_name": "some/where/m",
+        "model_name": "owner/m",
         "seed": 3,
         "names": ["a"],
         "output_dir": str(tmp_path),

@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ModelUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; earlier results are untouched", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted; earlier results are untouched", file=sys.stderr)
         return 130
 
 

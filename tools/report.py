@@ -46,7 +46,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def read_summaries(model_folder: Path) -> dict[str, dict]:
     """The summaries of one model's notebooks, by notebook, in order."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(model_folder.glob("*/summary.json"))}
+    return {path.parent.name: _read_json(path) for path in sorted(model_folder.glob("*/summary.json"))}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; run its notebook again ({error})") from None
 
 
 def is_estimate(value) -> bool:
@@ -81,8 +88,6 @@ def write_report(model_folder: Path) -> Path | None:
         return None
     lines = [f"# {model_folder.name}: what the series found", ""]
     lines += ["Every number below is read from the `summary.json` and the tables beside it.", ""]
-    lines += ["| notebook | seconds |", "|---|---|"]
-    lines += [f"| [{s['notebook']}]({s['notebook']}.ipynb) | {s['wall_time_s']} |" for s in summaries]
     for summary in summaries:
         lines += _report_section(summary, model_folder / summary["notebook"])
     versions = ", ".join(f"{name} {number}" for name, number in summaries[-1]["versions"].items())
@@ -91,7 +96,7 @@ def write_report(model_folder: Path) -> Path | None:
 
 def _report_section(summary: dict, folder: Path) -> list[str]:
     name = summary["notebook"]
-    lines = ["", f"## {name}", "", "| result | value |", "|---|---|"]
+    lines = ["", f"## [{name}]({name}.ipynb)", "", "| result | value |", "|---|---|"]
     lines += [f"| {key.replace('_', ' ')} | {as_text(value)} |" for key, value in summary["results"].items()]
     for table in summary["tables"]:
         rows = pd.read_csv(folder / f"{table}.csv").head(10)
@@ -126,8 +131,7 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
     lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
     lines += [f"- {_layout(name, summaries)}" for name, summaries in found.items()]
-    lines += ["", "## Seconds", "", *markdown_table(_seconds(found)), ""]
-    lines += [f"[Report of {name}]({name}/report.md)  " for name in found]
+    lines += ["", *(f"[Report of {name}]({name}/report.md)  " for name in found)]
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
 
 
@@ -153,14 +157,6 @@ def _copying(folder: Path, summaries: dict[str, dict]) -> str:
         return "not run"
     scores = pd.read_csv(table).set_index("head")["copying_score"]
     return as_text(float(scores[summaries[SCORES]["results"]["top_induction_head"]]))
-
-
-def _seconds(found: dict[str, dict[str, dict]]) -> pd.DataFrame:
-    notebooks = sorted({notebook for summaries in found.values() for notebook in summaries})
-    columns = {
-        name: [as_text(s[n]["wall_time_s"]) if n in s else "not run" for n in notebooks] for name, s in found.items()
-    }
-    return pd.DataFrame({"notebook": notebooks} | columns)
 
 
 def _layout(name: str, summaries: dict[str, dict]) -> str:
