@@ -1,9 +1,8 @@
 """Circuits read from the weights: the matrices of every head, what a head copies, what it composes with.
 
 Weights are given by query head, and every norm's gain and centring is folded into the matrix
-that reads after it (into W_O where a norm follows attention). A norm's scale, one positive
-number per position, depends on the text and is left out. Rotary models turn queries and keys
-by their distance; their QK circuits here are those at distance zero.
+that reads after it (into W_O where a norm follows attention). A norm's scale depends on the text and is
+left out. Rotary models turn queries and keys by their distance; their QK circuits are those at distance zero.
 """
 
 import math
@@ -77,24 +76,19 @@ def _gain(norm, width: int) -> Float[Tensor, "width"]:
 
 
 def token_vectors(
-    model: TransformerBridge, tokens: Int[Tensor, "token"], blocks: int = 1
+    model: TransformerBridge, tokens: Int[Tensor, "token"], after_block_0: bool = True
 ) -> Float[Tensor, "token d_model"]:
-    """Each token alone as a head sees it: its embedding, taken through the first `blocks` blocks, normalised.
+    """Each token alone as a head sees it: its embedding, taken through the first block if asked for, normalised.
 
-    The blocks run on one-token prompts, where attention can only look at the token itself, so
-    the result depends on weights alone. 0 is what layer 0 reads; later layers read the sum of
-    the embedding and what layer 0 made of it, of which the embedding may be a small part.
-
-    Raises:
-        ValueError: the model has fewer blocks.
+    The block runs on one-token prompts, where attention can only look at the token itself, so
+    the result depends on weights alone. Layer 0 reads the embedding; later layers read the sum of
+    it and what layer 0 made of it, of which the embedding may be a small part.
     """
-    if not 0 <= blocks <= model.cfg.n_layers:
-        raise ValueError(f"cannot take tokens through {blocks} of {model.cfg.n_layers} blocks")
-    if blocks == 0:
+    if not after_block_0:
         return normalised(model.W_E[tokens], model.cfg)
-    hook = f"blocks.{blocks - 1}.hook_resid_post"
+    hook = "blocks.0.hook_resid_post"
     with torch.inference_mode():
-        _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=blocks)
+        _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=1)
     return normalised(cache[hook][:, 0], model.cfg)
 
 
@@ -126,18 +120,11 @@ def composition(first: FactoredMatrix, second: FactoredMatrix) -> Float[Tensor, 
     """||first second||_F / (||first||_F ||second||_F) for all pairs of heads; NaN unless the second is later.
 
     `first` is OV; `second` is QK for Q-composition, QK.T for K-composition, OV for V-composition.
-    One layer at a time, so that memory grows with heads, not with pairs times d_model.
     Source: Elhage et al. 2021, section "Composition".
     """
     left, right = first.collapse_l(), second.collapse_r()
-    columns = right.movedim(2, 0).flatten(1)
     norms = left.norm(dim=(-2, -1))[:, :, None, None] * right.norm(dim=(-2, -1))
-    scores = torch.stack([_pair_norms(layer, columns, right.shape) for layer in left]) / norms
-    layers = torch.arange(len(left), device=scores.device)
-    return scores.masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)
-
-
-def _pair_norms(left: Float[Tensor, "head inner d_model"], columns, right_shape) -> Float[Tensor, "head layer head_1"]:
-    layers, heads, _, inner = right_shape
-    products = left.flatten(0, 1) @ columns
-    return products.view(*left.shape[:2], layers, heads, inner).norm(dim=(1, 4))
+    # One layer at a time, so that memory grows with heads, not with pairs times d_model.
+    products = [torch.einsum("him,lkmj->hlkij", layer, right).norm(dim=(-2, -1)) for layer in left]
+    layers = torch.arange(len(left), device=norms.device)
+    return (torch.stack(products) / norms).masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)
