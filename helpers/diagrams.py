@@ -14,9 +14,9 @@ COLOURS = dict(zip("QKV", PALETTE))
 def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     """Heads from left to right by layer; an arrow for each edge, as wide as its effect, in the colour of Q, K or V.
 
-    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect, each on its own line.
+    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats, each on its own line.
     """
-    ends = edges.sort_values(["receiver", "effect"], ascending=[True, False], ignore_index=True)
+    ends = edges.sort_values(["receiver", "effect_nats"], ascending=[True, False], ignore_index=True)
     ends["y"] = -ends.index - 0.6 * ends.groupby("receiver").ngroup()
     heights = ends.groupby("receiver")["y"].mean().to_dict()
     senders = ends.loc[~ends["sender"].isin([*heights])].groupby("sender")["y"].mean().sort_values().index
@@ -26,10 +26,10 @@ def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     figure, axis = subplots(figsize=(min(3.5 + 1.8 * len(column), 13), 1.2 + 0.4 * len(ends)))
     for edge in ends.itertuples():
         x, start, colour = column[layer[edge.receiver]], column[layer[edge.sender]], COLOURS[edge.through]
-        width = 0.8 + 5 * edge.effect / ends["effect"].max()
+        width = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max()
         _arrow(axis, (start, heights[edge.sender]), (x - 0.85, edge.y), colour, width, gap=0)
         axis.plot([x - 0.5, x], [edge.y, heights[edge.receiver]], color="0.8", lw=0.8, zorder=0)
-        _text(axis, f"{edge.through} {edge.effect:.2f}", (x - 0.82, edge.y), size=9, color=colour)
+        _text(axis, f"{edge.through} {edge.effect_nats:.2f}", (x - 0.82, edge.y), size=9, color=colour)
     for name, height in heights.items():
         _box(axis, name, (column[layer[name]], height))
     axis.set(title=title, xlim=(-0.5, max(column.values()) + 0.5), ylim=(ends["y"].min() - 0.8, 0.8))
