@@ -61,7 +61,7 @@ def read(name: str, device: str = "cpu") -> TransformerBridge:
     """What `load` gives, but an object of the caller's own."""
     source = resolve(name)
     if source.kind != "nanogpt":
-        return _read_folder(model_folder(name, source), name, device, source).eval().requires_grad_(False)
+        return _read_folder(model_folder(name, source), name, device, source)
     model, tokenizer = read_nanogpt(Path(source.repo))
     return fold(lambda: wrap(deepcopy(model), tokenizer, name, device))
 
@@ -96,7 +96,7 @@ def _read_folder(folder: Path, name: str, device: str, source: Source) -> Transf
     make = partial(build_shortformer, config, dequantise(load_file(weights)), name, tokenizer, device)
     if not config["shortformer_pos"]:
         return fold(make)
-    bridge = make()
+    bridge = make().eval().requires_grad_(False)
     bridge.folded = ("value biases",)
     return bridge
 

@@ -158,7 +158,8 @@ BROKEN = {
     "a file that is not there": (in_two_files, ["model-00002-of-00002"]),
     "keys of something else": (lambda p: rekeyed(p, lambda w: {f"other.{k}": v for k, v in w.items()}), ["other."]),
     "weights of another shape": (
-        lambda p: rekeyed(p, lambda w: w | {"transformer.wte.weight": torch.zeros(49, 32)}), ["another shape: transformer.wte.weight"],
+        lambda p: rekeyed(p, lambda w: w | {"transformer.wte.weight": torch.zeros(49, 32)}),
+        ["another shape: transformer.wte.weight"],
     ),
     "weights as a pickle": (pickled_weights, ["pytorch_model.bin", "safetensors"]),
     "a pointer for a configuration": (

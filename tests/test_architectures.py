@@ -1,0 +1,72 @@
+"""Every architecture through `tools check`: tiny models whose weights, gains and biases are all random."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tools import architectures, check
+
+PAGE = Path(__file__).resolve().parents[1] / "outputs/architectures.md"
+REFUSED = {
+    "bert": "an encoder", "t5": "an encoder-decoder", "mamba": "no attention heads", "rwkv": "no attention heads",
+    "jamba": "in part without attention", "qwen3_next": "in part without attention",
+    "recurrent_gemma": "in part without attention",
+}  # fmt: skip
+QUICK = ("gpt2", "llama", "gemma3_text", "bloom", "gpt_oss")
+findings = cache(architectures.findings)
+# What may be left out because it is not exact there; all else must be right.
+CAPPED = {"gemma2", "granite"}
+# Where sweeps are wrong today: a run of these is expected to fail, and a fix to take its name off this list.
+WRONG = {
+    "deepseek_v2": "values are narrower than queries", "deepseek_v3": "values are narrower than queries",
+    "mpt": "its ALiBi has a row for every head and none for prompts", "openai-gpt": "its blocks give lists",
+    "xglm": "its mask must have a row for every prompt",
+}  # fmt: skip
+
+
+def kinds(names):
+    for name in sorted(names):
+        slow = [] if name in QUICK else [pytest.mark.slow]
+        wrong = [pytest.mark.xfail(reason=WRONG[name], strict=True)] if name in WRONG else []
+        yield pytest.param(name, marks=slow + wrong)
+
+
+def test_there_are_enough():
+    assert len(set(architectures.KINDS) - set(REFUSED)) >= 36 and set(REFUSED) <= set(architectures.KINDS)
+
+
+@pytest.mark.parametrize("kind", kinds(set(architectures.KINDS) - set(REFUSED)))
+def test_what_is_measured_on_an_architecture_is_right(kind):
+    found = findings(kind)
+    assert not isinstance(found, str), found
+    by_what = {finding.what: finding for finding in found}
+    assert not [finding for finding in found if finding.good is False]
+    for what in architectures.COLUMNS[1:]:
+        assert by_what[what].good or (what == "logit attribution" and kind in CAPPED), by_what[what]
+
+
+@pytest.mark.parametrize("kind", kinds(REFUSED))
+def test_what_has_no_attention_is_refused(kind):
+    assert REFUSED[kind] in findings(kind)
+
+
+def test_the_page_lists_every_kind():
+    lines = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert sorted(set(lines) - {"model_type"}) == sorted(architectures.KINDS)
+    wrong = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if "WRONG" in line]
+    assert sorted(wrong) == sorted(WRONG)
+
+
+def test_folding_is_only_what_is_exact():
+    for kind, expected in (("gpt2", True), ("gpt_oss", False)):  # both have value biases, the second has sinks
+        folded = {finding.what: finding.found for finding in findings(kind)}["folded, because exact"]
+        assert ("value biases" in folded) == expected
+
+
+def test_a_wrong_number_is_wrong_and_ends_with_code_1(monkeypatch, capsys):
+    loss = check._loss
+    monkeypatch.setattr(check, "_loss", lambda model, tokens, hooks=(): loss(model, tokens, hooks) * 1.01)
+    assert check.main(check.argparse.Namespace(model="induction-2l", notebooks=False, architectures=False)) == 1
+    page = capsys.readouterr().out
+    assert "| WRONG |" in page and "| 02_attention_visualization | applies |" in page
