@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+
 class NotApplicable(Exception):
     """The notebook has nothing to say about this model; the message says why."""
 
