@@ -122,7 +122,7 @@ def written(product, vectors):
     return vectors @ product.AB.T
 ''', "W_V before W_O"),
     ],
-    "08_training_dynamics": [
+    "09_training_dynamics": [
         ("steepest", '''
 def steepest(tokens, gain):
     slope = np.diff(gain[1:]) / np.diff(np.log(tokens[1:]))
@@ -134,10 +134,22 @@ def split_change(before, after, mask):
     return change[mask].mean(), change[~mask].mean()
 ''', "must sum"),
         ("memorising_batch", '''
-def memorising_batch(step, recipe, shortest=16, longest=32):
-    length = int(torch.randint(shortest, longest + 1, (), generator=torch.Generator().manual_seed(step)))
-    r = torch.randperm(recipe.d_vocab - 1, generator=torch.Generator().manual_seed(step))[:length] + 1
-    return torch.cat([torch.zeros(1, dtype=torch.long), r, r]).expand(32, -1)
+def memorising_batch(step, n, shortest=10, longest=20):
+    generator = torch.Generator().manual_seed(step)
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    r = torch.randperm(d_vocab - 1, generator=generator)[:length] + 1
+    return F.pad(torch.cat([r, r]), (1, 0)).expand(n, 32, -1)
 ''', "same tokens"),
+    ],
+    "10_in_the_wild": [
+        ("completes", '''
+def completes(row, n):
+    groups = [tuple(row[i - n + 1 : i + 1]) for i in range(n - 1, len(row))]
+    return [False] * (n - 2) + [group in groups[: i + 1] for i, group in enumerate(groups)]
+''', "itself"),
+        ("shift_removed", '''
+def shift_removed(neutral, told, neutral_without, told_without):
+    return told_without - told
+''', "neutral_without"),
     ],
 }  # fmt: skip
