@@ -45,16 +45,15 @@ def robust_score(pattern_for, lengths):
 def circuit_parameters(d_model, d_head):
     return 2 * 3 * d_model * d_head
 ''', "four matrices"),
-        ("verify_induction_behavior", '''
-def verify_induction_behavior(layer, head, seed=100):
-    tokens = prompts.repeated_tokens(model, length, 8, seed)
-    score = attention.score_heads(model, tokens, lambda p: attention.offset_score(p, length))[:, layer, head].mean()
-    return score.item(), 0.0
-''', "offset"),
-        ("noop_error", '''
-def noop_error():
-    return interventions.ablate_together(model, repeated, copying, [[strongest[0]]]).abs().max().item()
-''', "change nothing"),
+        ("mean_of_others", '''
+def mean_of_others(z):
+    return z.mean(0, keepdim=True).expand_as(z)
+''', "own z"),
+        ("change_without", '''
+def change_without(first, others):
+    sets = [[first, other] for other in others]
+    return -interventions.ablate_together(model, repeated, margin, sets, "mean").cpu()
+''', "twice"),
     ],
     "04_activation_patching": [
         ("my_recovery", '''
@@ -63,14 +62,8 @@ def my_recovery(patched, corrupted, clean):
 ''', "corrupted metric"),
         ("patched_margin", '''
 def patched_margin(layer, head, position):
-    with torch.inference_mode():
-        logits = model(corrupted[few])[:, -2]
-    return (logits.gather(1, right.answers[few, None]) - logits.gather(1, wrong.answers[few, None]))[:, 0]
+    return metrics.evaluate(model, corrupted_few, few_margin)
 ''', "differ"),
-        ("position_of_the_key", '''
-def position_of_the_key(tokens, gap):
-    return 1
-''', "position 2"),
     ],
     "05_logit_lens": [
         ("my_lens", '''
