@@ -72,12 +72,8 @@ def my_lens(model, resid):
 ''', "final norm"),
         ("parts_with_head_scaled", '''
 def parts_with_head_scaled(layer, head, factor):
-    return lens.attribute(model, few, task.answers[:4])
+    return lens.attribute(model, few, answers[:8], against=few[:, length])
 ''', "factor of zero"),
-        ("stops_in_the_lead", '''
-def stops_in_the_lead(rank):
-    return (rank == 0).int().sum(0)
-''', "lead"),
     ],
     "06_causal_scrubbing": [
         ("my_recovered", '''
