@@ -35,7 +35,7 @@ from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
 from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
-from helpers.shortformer import ShortformerModel, build_shortformer, quantise, shortformer_config
+from helpers.shortformer import ShortformerModel, build_shortformer, shortformer_config
 from helpers.stats import in_context_score, token_losses
 
 
@@ -436,6 +436,16 @@ def rounded(reading: dict, digits: int = 4) -> dict:
 def strongest_head(reading: dict, score: str) -> float:
     """The largest of one score over all heads at one reading."""
     return max(max(layer) for layer in reading[score])
+
+
+def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Eight bits a weight with one half-precision scale per row of the last axis; halves a checkpoint again."""
+    packed = {}
+    for key, value in state.items():
+        scale = (value.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127).half()
+        packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        packed[key + ".scale"] = scale
+    return packed
 
 
 def steps_to_ship(log: list[dict], n: int = 10) -> list[int]:

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+from conftest import SHORTFORMER, shortformer_state
 from torch import nn
 
-from helpers import models
+from helpers import models, shortformer
 from tools import train
 from tools.train import Recipe
 
@@ -139,3 +140,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     tokenizer = models.load("induction-1l", device="cpu").tokenizer
     with pytest.raises(ValueError, match="are needed"):
         train.token_stream(["x = 1\n"], tokenizer, 1_000)
+
+
+def test_quantised_weights_are_within_half_a_step():
+    state = shortformer_state(SHORTFORMER)
+    restored = shortformer.dequantise(train.quantise(state))
+    for key, value in state.items():
+        # Half a step from rounding, and the half-precision scale's own error at the largest weight.
+        assert (restored[key] - value).abs().max() <= value.abs().max() / 127 * (0.5 + 127 * 2**-11)
