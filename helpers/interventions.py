@@ -9,7 +9,7 @@ logits are nan.
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -38,10 +38,10 @@ def ablate_heads(
     derangement fixed by `seed`; "pattern-preserving": zero, with every pattern frozen as it
     was. Source of the last: Olsson et al. 2022, "pattern-preserving ablations".
     """
-    _check_ablation(how, tokens)
+    check_ablation(how, tokens)
     at = _resolve(position, tokens, metric)
     sweep = Sweep(model, tokens, metric, first=_first(at), frozen=how == ABLATIONS[3])
-    return _each_head(sweep, "z", partial(_replacement, how=how, seed=seed), at, tokens.shape[1])
+    return _each_head(sweep, "z", partial(replacement, how=how, seed=seed), at, tokens.shape[1])
 
 
 @torch.no_grad()
@@ -49,20 +49,24 @@ def ablate_together(
     model: Model, tokens: Tokens, metric: Metric, sets: Sets, how: str = "zero", seed: int = 0
 ) -> Float[Tensor, "prompt set"]:
     """Effect of ablating each set of heads at once, at all positions; `how` as in `ablate_heads`."""
-    _check_ablation(how, tokens)
+    check_ablation(how, tokens)
     _check_heads(model, [head for heads in sets for head in heads])
     sweep = Sweep(model, tokens, metric, frozen=how == ABLATIONS[3])
-    return _together(sweep, sets, {"z": partial(_replacement, how=how, seed=seed)})
+    return _together(sweep, sets, {"z": partial(replacement, how=how, seed=seed)})
 
 
-def _check_ablation(how, tokens):
+def check_ablation(how: str, tokens: Tokens) -> None:
+    """Refuse, by a ValueError, a kind of ablation that there is not, or that has no other prompt to take from."""
     if how not in ABLATIONS:
         raise ValueError(f"unknown ablation {how!r}; known: {', '.join(ABLATIONS)}")
     if how in ("mean", "resample") and len(tokens) == 1:
         raise ValueError(f"{how} ablation takes other prompts of the batch, and there is only 1")
 
 
-def _replacement(z, how, seed):
+def replacement(
+    z: Float[Tensor, "prompt pos head d_head"], how: str, seed: int
+) -> Float[Tensor, "#prompt pos head d_head"]:
+    """What an ablation puts in the place of z."""
     if how == "mean":
         return z.mean(0, keepdim=True)
     if how == "resample":
@@ -109,23 +113,22 @@ def patch_edges(
     model: Model, corrupted: Tokens, clean: Tokens, metric: Metric,
     receiver: tuple[int, int], through: str = "q", shared: bool = False,
 ) -> Float[Tensor, "prompt layer head"]:  # fmt: skip
-    """Effect of each earlier head on `receiver` alone, through its q, k or v: direct paths.
+    """Effect of each head of the layers below on `receiver` alone, through its q, k or v: direct paths.
 
-    What the sender writes, clean minus corrupted, reaches only the receiver's input; every
-    other head gets the corrupted one. The result has the layers below the receiver's. Where k
-    and v are shared by a group of heads, `shared` makes the whole group the receiver.
+    What the sender writes, clean minus corrupted, reaches that input alone. Where a group of heads shares k and v,
+    only the pattern or z that the receiver makes of them is kept; `shared` makes the whole group the receiver.
     Source: Wang et al. 2022, "Interpretability in the Wild", path patching.
     """
     _check_part(through, ("q", "k", "v"))
     _check_heads(model, [receiver])
-    layer, n_heads = receiver[0], model.cfg.n_heads
+    (layer, head), n_heads = receiver, model.cfg.n_heads
     n_inputs = n_heads if through == "q" else model.cfg.n_key_value_heads or n_heads
-    if n_inputs != n_heads and not shared:
-        raise ValueError(f"{through!r} of one head is not defined: {n_heads} heads share {n_inputs} of it")
     sweep = _patching(model, corrupted, clean, metric, ())
-    only = _one_of(n_inputs, torch.tensor([receiver[1] * n_inputs // n_heads], device=sweep.baseline.device))
-    edits = [(layer, n_heads, partial(_edge, sweep, sender, layer, through, only)) for sender in range(layer)]
-    return sweep.effects(edits).unflatten(1, (layer, n_heads))
+    index = torch.tensor([head * n_inputs // n_heads, head], device=sweep.baseline.device)
+    alone = None if shared or n_inputs == n_heads else _one_of(n_heads, index[1:])
+    edge = partial(_edge, sweep, layer, through, _one_of(n_inputs, index[:1]), alone)
+    effects = sweep.effects((layer, n_heads, partial(edge, sender)) for sender in range(layer))
+    return effects.unflatten(1, (layer, n_heads))
 
 
 @torch.no_grad()
@@ -189,17 +192,30 @@ def _each_head(sweep, part, replacement, at, n_tokens):
     return nn.functional.pad(effects.unflatten(1, (n_layers, n_heads, n_pos)), (0, n_tokens - sweep.length))
 
 
-def _edge(sweep, sender, layer, through, only, heads):
-    """Rows in which input `through` of one head of `layer` is as if one head of `sender` were clean."""
-    block, z = sweep.blocks[sender], sweep.part(sender, "z")
-    mixed = torch.where(_one_of(z.shape[2], heads), z[sweep.n :], z[: sweep.n])
-    after, before = block.attn.o(mixed.flatten(0, 1).flatten(2)), sweep.rows("attn", sender, len(heads))
-    if "ln1_post" in block.submodules:  # what reaches the residual stream
+def written(
+    sweep: Sweep, layer: int, new: Float[Tensor, "#prompt pos head d_head"], heads: Int[Tensor, "item"]
+) -> Float[Tensor, "row pos d_model"]:
+    """Change of what a layer's attention adds to the residual stream when one head of it, an item, has z `new`."""
+    block, z = sweep.blocks[layer], sweep.part(layer, "z")[: sweep.n]
+    mixed = torch.where(_one_of(z.shape[2], heads), new, z)
+    after, before = block.attn.o(mixed.flatten(0, 1).flatten(2)), sweep.rows("attn", layer, len(heads))
+    if "ln1_post" in block.submodules:
         after, before = block.ln1_post(after), block.ln1_post(before)
+    return after - before
+
+
+def _edge(sweep, layer, through, inputs, alone, sender, heads):
+    """Rows in which `inputs` of a layer, or what head `alone` makes of them, are as if one sender were clean."""
+    d_head, rows = sweep.model.cfg.d_head, (len(heads), sweep.n)
     resid = sweep.rows("resid", layer, len(heads))
-    new = sweep.inner(layer, resid + (after - before), through)
-    new = by_head(new, through, sweep.model.cfg.d_head).unflatten(0, (len(heads), sweep.n))
-    return sweep.through(layer, resid, [sweep.swap(layer, through, new, only)])
+    heard = resid + written(sweep, sender, sweep.part(sender, "z")[sweep.n :], heads)
+    new = by_head(sweep.inner(layer, heard, through), through, d_head).unflatten(0, rows)
+    edit = sweep.swap(layer, through, new, inputs)
+    if alone is not None:
+        through = "z" if through == "v" else "pattern"
+        made = by_head(sweep.inner(layer, resid, through, [edit]), through, d_head).unflatten(0, rows)
+        edit = sweep.swap(layer, through, made, alone)
+    return sweep.through(layer, resid, [edit])
 
 
 def _together(sweep, sets, replacements):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.prompts import Prompts
+from helpers.stats import bootstrap_interval
 
 Tokens = Int[Tensor, "prompt pos"]
 
@@ -72,10 +73,14 @@ def recovery(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]
     differ do not widen it, and an effect equal to the gap is 1 for each of them.
 
     Raises:
-        ValueError: clean and corrupted prompts do not differ.
+        ValueError: the 95 % interval of the mean gap contains zero.
     """
-    if abs(mean := float(gap.mean())) < 1e-6:
-        raise ValueError(f"clean and corrupted metrics differ by {mean:.1e} on average; nothing is a share of that")
+    mean, low, high = map(float, bootstrap_interval(gap.cpu().numpy()))
+    if low <= 0 <= high:
+        raise ValueError(
+            f"clean and corrupted metrics differ by {mean:.2g} [{low:.2g}, {high:.2g}], an interval that contains "
+            "zero: nothing is a share of that, so take prompts on which the model does the task"
+        )
     ratio = effect.mean(0) / mean
     return ratio + (effect - ratio * gap.view(-1, *[1] * ratio.ndim)) / mean
 

@@ -37,6 +37,10 @@ def write_text(path: Path, text: str) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+class NotApplicable(Exception):
+    """A notebook's whole experiment is not defined on its model: the message says why, and nothing is written."""
+
+
 class Results:
     """The outputs of one notebook: `outputs/<model>/<notebook>/`; also gives figures the series' look.
 

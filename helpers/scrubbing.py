@@ -190,8 +190,11 @@ def _losses(pool: TextPool, answers, hypotheses, rows: dict[str, Rows]) -> tuple
 
     def projected(kind: str, built: Input) -> tuple[Tensor, Tensor]:
         at = slice(-1, None) if kind == "q" else slice(None)  # queries matter at the last position only
+        stream = id(rows[kind]), built  # V, Q and K mostly share their draw, and then their streams
+        if stream not in made:
+            made[stream] = pool.residual(built, rows[kind])
         if (kind, built) not in made:
-            residual = pool.residual(built, rows[kind])
+            residual = made[stream]
             distance = (residual - pool.on_x)[:, at].square().sum((1, 2))
             made[kind, built] = pool.project(kind, residual)[:, at], distance
         return made[kind, built]

@@ -138,18 +138,8 @@ def _fold_value_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Eight bits a weight with one half-precision scale per row of the last axis; halves a checkpoint again."""
-    packed = {}
-    for key, value in state.items():
-        scale = (value.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127).half()
-        packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        packed[key + ".scale"] = scale
-    return packed
-
-
 def dequantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that `quantise` packed; those without a scale come back as they are."""
+    """The weights that `tools train` packed in eight bits; those without a scale come back as they are."""
     scales = {key: state[key + ".scale"] for key in state if key + ".scale" in state}
     plain = {key: value for key, value in state.items() if not key.endswith(".scale")}
     return plain | {key: plain[key].float() * scale.float() for key, scale in scales.items()}

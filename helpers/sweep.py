@@ -147,13 +147,14 @@ class Sweep:
         keys_values = stopped(lambda: self.block(layer, rows, hooks, stop))
         return self.block(layer, rows[:, -self.few :], hooks, lambda *_: keys_values)
 
-    def inner(self, layer: int, rows: Tensor, part: str) -> Tensor:
-        """A part of a block on these rows, without running what follows it."""
+    def inner(self, layer: int, rows: Tensor, part: str, hooks: Iterable = ()) -> Tensor:
+        """A part of a block on these rows, without running what follows it; `hooks` as in `block`."""
 
         def stop(_, __, out):
             raise Stop(out)
 
-        return stopped(lambda: self.block(layer, rows, [(self.blocks[layer].get_submodule(PARTS[part]), stop)]))
+        module = self.blocks[layer].get_submodule(PARTS[part])
+        return stopped(lambda: self.block(layer, rows, [*hooks, (module, stop)]))
 
     def after_attention(self, layer: int, attn: Tensor) -> Tensor:
         """Rows after a block whose attention gives `attn`, before any norm that follows it."""

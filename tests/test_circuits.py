@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from transformer_lens.FactoredMatrix import FactoredMatrix
 
 from helpers import circuits
 
@@ -28,7 +27,7 @@ def tokens():
 
 def test_folded_weights_give_the_models_own_queries_and_values(model, weights, tokens):
     _, cache = model.run_with_cache(tokens)
-    vectors = circuits.token_vectors(model, tokens.flatten(), blocks=0).view(*tokens.shape, -1)
+    vectors = circuits.token_vectors(model, tokens.flatten(), after_block_0=False).view(*tokens.shape, -1)
     values = torch.einsum("bpd,hdk->bphk", vectors, weights.W_V[0])
     bias = model.blocks[0].ln1.bias
     torch.testing.assert_close(cache["blocks.0.attn.hook_v"] - torch.einsum("d,hdk->hk", bias, model.W_V[0]), values)
@@ -74,20 +73,15 @@ def test_token_vectors_are_what_the_next_layer_reads_of_a_one_token_prompt(archi
     torch.testing.assert_close(circuits.token_vectors(bridge, ids), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_tokens_cannot_go_through_more_blocks_than_there_are(model):
-    with pytest.raises(ValueError, match="3 of 2"):
-        circuits.token_vectors(model, torch.arange(5), blocks=3)
-
-
 # ---- against dense computations ----
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("blocks", [0, 1])
-def test_copying_scores_equal_the_dense_ones(architecture, blocks, tiny):
+@pytest.mark.parametrize("after_block_0", [False, True])
+def test_copying_scores_equal_the_dense_ones(architecture, after_block_0, tiny):
     bridge = tiny(architecture)
     weights, ids = circuits.head_weights(bridge), torch.arange(50)
-    vectors = circuits.token_vectors(bridge, ids, blocks)
+    vectors = circuits.token_vectors(bridge, ids, after_block_0)
     dense = torch.einsum("td,lhde,ev->lhtv", vectors, weights.OV.AB, weights.W_U).double()
     values = torch.linalg.eigvals(dense)
     expected = values.real.sum(-1) / values.abs().sum(-1)
@@ -122,21 +116,3 @@ def test_composition_scores_equal_the_librarys_on_a_folded_model(tiny):
     library = tiny("gpt2").all_composition_scores("K").scores
     found = circuits.composition(weights.OV, weights.QK.T).nan_to_num(0.0)
     torch.testing.assert_close(found, library, atol=1e-4, rtol=0)
-
-
-def test_best_column_does_not_depend_on_the_chunk():
-    generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(30, 5, generator=generator), torch.randn(5, 50, generator=generator)
-    assert torch.equal(circuits.best_column(left, right, chunk=7), (left @ right).argmax(-1))
-
-
-# ---- positions and directions ----
-
-
-def test_directions_kept_is_the_truncated_product(weights):
-    product = weights.OV
-    kept = circuits.directions_kept(product, slice(2))
-    expected = FactoredMatrix(product.U[..., :2] * product.S[..., None, :2], product.V[..., :2].mT).AB
-    torch.testing.assert_close(product.A @ kept @ product.B, expected, atol=1e-4, rtol=1e-4)
-    everything = circuits.directions_kept(product, slice(None))
-    torch.testing.assert_close(product.A @ everything @ product.B, product.AB, atol=1e-4, rtol=1e-4)

@@ -1,6 +1,5 @@
 """Requirements, environment and pyproject agree, and README says only what an output holds."""
 
-import json
 import re
 import subprocess
 import tomllib
@@ -9,10 +8,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tools import readme
+from tools.run import find_notebooks, read_notebook
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MEASURED = re.compile(r"<!--(?P<file>[^:>]+):(?P<key>[^:>]+):(?P<format>[^>]+)-->(?P<text>\d+(?:\.\d+)?)")
+NOTEBOOKS = [path.name for path in find_notebooks()]
 
 
 def pins(lines):
@@ -41,37 +43,80 @@ def test_every_range_in_pyproject_admits_its_pin():
         assert wanted.specifier.contains(pin.version), text
 
 
-def committed(file: str) -> str:
-    """A file as committed: `make run` writes outputs anew, with this machine's times."""
-    shown = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True)
-    return shown.stdout if shown.returncode == 0 else (ROOT / file).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """The outputs as committed: `make run` writes them anew, with this machine's times."""
+    if not (ROOT / ".git").exists():
+        return ROOT / "outputs"
+    folder = tmp_path_factory.mktemp("committed")
+    wanted = ["outputs/*/*/summary.json", "outputs/benchmarks/*.json"]
+    listed = subprocess.run(["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    archive = ["git", "archive", "HEAD", *listed.split()]
+    with subprocess.Popen(archive, cwd=ROOT, stdout=subprocess.PIPE) as made:
+        subprocess.run(["tar", "-x", "-C", folder], stdin=made.stdout, check=True)
+    return folder / "outputs"
 
 
-def test_measured_numbers_in_readme_are_in_the_outputs():
-    found = list(MEASURED.finditer(README))
-    assert found
-    for match in found:
-        value = json.loads(committed(match["file"]))
-        for key in match["key"].split("."):
-            value = value[key]
-        assert format(value, match["format"]) == match["text"], match[0]
+def test_measured_numbers_in_readme_are_those_of_the_outputs(committed):
+    _, block = readme.split(README)
+    assert block == readme.measured(committed), "type `python -m tools report --readme`"
 
 
-def test_readme_has_no_other_decimals():
-    prose = MEASURED.sub("", re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", README, flags=re.S))
-    allowed = {"3.11", "3.12", "3.13", "4.0", "4.3"}  # versions of Python and TransformerLens
-    assert not set(re.findall(r"\d+\.\d+", prose)) - allowed
+def test_readme_has_no_measured_number_outside_its_block():
+    prose = README.replace(readme.split(README)[1], "")
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", prose, flags=re.S)
+    assert set(re.findall(r"\d+\.\d+", prose)) == {"3.11"}  # of Python
 
 
-def test_readme_links_and_figures_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def test_readme_is_short_and_reads_as_text():
+    lines = README.splitlines()
+    assert len(lines) < 120
+    assert README.count("<!--") == 2
+    assert all(len(line) <= 120 for line in lines if "](" not in line and "]: " not in line)
 
 
-def test_readme_has_a_badge_for_every_notebook():
+def test_a_readme_without_its_markers_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text(README.replace(readme.END, ""))
+    with pytest.raises(ValueError, match="lost a marker"):
+        readme.write_readme(ROOT / "outputs", tmp_path / "README.md")
+    with pytest.raises(ValueError, match="make run"):
+        readme.measured(tmp_path)
+
+
+def test_the_documents_link_to_what_exists():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "notebooks/INSTRUCTOR.md"):
+        text, folder = (ROOT / name).read_text(encoding="utf-8"), (ROOT / name).parent
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (folder / target).exists(), f"{name}: {target}"
+
+
+def test_readme_has_a_row_and_a_badge_for_every_notebook():
     address = PROJECT["urls"]["Repository"].replace("https://github.com/", "https://colab.research.google.com/github/")
-    notebooks = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
-    assert re.findall(re.escape(address) + r"/blob/main/notebooks/(\w+\.ipynb)", README) == notebooks
+    badges = re.findall(rf"^\[(\d\d)\]: {re.escape(address)}/blob/main/workshop/student/(\w+\.ipynb)$", README, re.M)
+    assert badges == [(name[:2], name) for name in NOTEBOOKS]
+    rows = re.findall(r"^\| (\d\d) [a-z ]+ \| [A-Z].*\? \| \d+ \| .*\[(\d\d)\] .*notebooks/(\w+\.ipynb)", README, re.M)
+    assert rows == [(name[:2], name[:2], name) for name in NOTEBOOKS]
+
+
+def test_the_minutes_in_readme_are_not_exceeded(committed):
+    minutes = dict(re.findall(r"^\| (\d\d) .*\? \| (\d+) \|", README, re.M))
+    seconds = readme.read_summaries(committed / "induction-2l")
+    for notebook in NOTEBOOKS:
+        took = seconds[notebook.removesuffix(".ipynb")]["wall_time_s"]
+        assert took <= 60 * int(minutes[notebook[:2]]), f"{notebook} took {took} s"
+
+
+def test_where_to_add_things_is_true():
+    for name in re.findall(r"`((?:helpers|tools)/\w+\.py)`", README):
+        assert (ROOT / name).exists() or name == "tools/NAME.py", name
+    assert "MODELS = " in (ROOT / "helpers/catalog.py").read_text() or "MODELS: " in (ROOT / "helpers/catalog.py").read_text()
+    commands = [path for path in (ROOT / "tools").glob("*.py") if "def main(" in path.read_text()]
+    assert all("def add_arguments(" in path.read_text() for path in commands if path.name != "__main__.py")
+
+
+def test_the_badge_of_a_notebook_opens_its_student_edition():
+    for name in NOTEBOOKS:
+        assert f"/blob/main/workshop/student/{name})" in read_notebook(ROOT / "notebooks" / name).cells[0].source, name
 
 
 def test_the_ci_calls_readmes_test_command():
@@ -81,7 +126,9 @@ def test_the_ci_calls_readmes_test_command():
 
 
 def test_citation_and_licence_name_the_project():
-    assert PROJECT["urls"]["Repository"] in (ROOT / "CITATION.cff").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert PROJECT["urls"]["Repository"] in citation and f"version: {PROJECT['version']}" in citation
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
     assert "MIT" in (ROOT / "LICENSE").read_text()
 
 

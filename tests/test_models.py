@@ -184,13 +184,6 @@ def test_shipped_checkpoints_load_and_differ():
         models.load("induction-2l@step1")
 
 
-def test_quantised_weights_are_within_half_a_step():
-    state = shortformer_state(SHORTFORMER)
-    restored = shortformer.dequantise(shortformer.quantise(state))
-    for key, value in state.items():
-        # Half a step from rounding, and the half-precision scale's own error at the largest weight.
-        assert (restored[key] - value).abs().max() <= value.abs().max() / 127 * (0.5 + 127 * 2**-11)
-
 
 def test_layout_tells_groups_and_windows(tiny):
     layouts = {name: models.layout(tiny(name)) for name in ARCHITECTURES}

@@ -140,6 +140,7 @@ def test_a_converted_wheel_says_what_its_file_says(name, tmp_path):
 # First readings of this project: mean over 8 x [BOS, r, r], |r| = 50. What r is drawn from moves them: with the rarer
 # tokens SmolLM2's scores are up to 0.04 lower. Another 8 prompts move a reading by 0.01 to 0.04 (standard deviation).
 DRAWN_FROM = {"smollm2-135m": range(100, 30_000), "gemma3-270m": range(262_144)}
+FIRST_TOKEN = {"smollm2-135m": 0, "gemma3-270m": 2}  # <|endoftext|>, <bos>
 READINGS = {
     "smollm2-135m": {"L18H6": 0.87, "L17H3": 0.73, "L17H4": 0.69, "L17H5": 0.68, "L20H6": 0.47},
     "gemma3-270m": {"L5H1": 0.84, "L11H2": 0.59, "L5H2": 0.51, "L17H2": 0.30, "L13H3": 0.28},
@@ -150,7 +151,7 @@ READINGS = {
 @each_wheel
 def test_induction_heads_are_where_they_were_found(name):
     bridge = models.load(name, device="cpu")
-    assert bridge.compatibility_mode and prompts.bos_id(bridge) == {"smollm2-135m": 0, "gemma3-270m": 2}[name]
+    assert bridge.compatibility_mode and prompts.bos_id(bridge) == FIRST_TOKEN[name]
     scores = attention.induction_samples(bridge, seeds=(0,)).mean(0)
     top = {stats.head_name(*divmod(int(i), bridge.cfg.n_heads)) for i in scores.flatten().topk(5).indices}
     assert top == READINGS[name].keys()

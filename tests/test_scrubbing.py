@@ -287,34 +287,3 @@ def test_bad_input_is_refused_by_name(model, prompts):
     assert scrubbing.why_not(model) == ""
     with pytest.raises(ValueError, match=r"one has 1 layer\(s\)"):
         scrubbing.scrub(one_layer, prompts, HYPOTHESES, *HEADS)
-
-
-# ---- the general form ----
-
-
-@pytest.mark.parametrize("through", "qkv")
-@pytest.mark.parametrize("architecture", ["shortformer", "gpt2", "llama"])
-def test_edges_are_those_of_a_run_with_hooks(tiny, architecture, through):
-    """One sender's output from other prompts, in one input of one receiver (or of its group) alone."""
-    model, grouped = tiny(architecture), architecture == "llama" and through != "q"
-    tokens, others = torch.randint(1, 50, (2, 3, 12), generator=torch.Generator().manual_seed(0))
-    layer, metric = model.cfg.n_layers - 1, interventions.mean_loss(tokens, first=6)
-    edges = interventions.patch_edges(model, tokens, others, metric, (layer, 3), through, shared=grouped)
-    name, read = f"blocks.{layer - 1}.attn.hook_z", f"blocks.{layer}.attn.hook_{through}"
-    with torch.no_grad():
-        (_, here), (_, there) = (model.run_with_cache(t) for t in (tokens, others))
-        written = (there[name] - here[name])[:, :, 2] @ model.W_O[layer - 1, 2]
-        resid = here[f"blocks.{layer}.hook_resid_pre"] + written
-        block, position = model.blocks[layer], model.W_pos[:12] if architecture == "shortformer" else 0
-        new = getattr(block.attn, through)(block.ln1(resid) + (0 if through == "v" else position))
-        new, reader = new.unflatten(2, (2 if grouped else 4, -1)), 1 if grouped else 3
-
-        def edit(value, hook):
-            value = value.clone()
-            value[:, :, reader] = new[:, :, reader]
-            return value
-
-        logits = model.run_with_hooks(tokens, fwd_hooks=[(read, edit)])
-    rows = torch.arange(3)
-    expected = metric.of(logits[:, metric.positions], rows) - interventions.evaluate(model, tokens, metric)
-    assert (edges[:, layer - 1, 2] - expected).abs().max() < 1e-5

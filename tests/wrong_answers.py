@@ -11,26 +11,26 @@ def three_copies(model, length, batch, seed):
     return [losses[:, i * length : (i + 1) * length].mean().item() for i in range(3)]
 ''', "leave out its first token"),
         ("swap_corruption", '''
-def swap_corruption(tokens):
+def swap_corruption(tokens, k):
     swapped = tokens.clone()
-    swapped[:, 2] = tokens[:, 3]
+    swapped[:, k], swapped[:, 1 + k] = tokens[:, 1 + k], tokens[:, k]
     return swapped
-''', "keeps the tokens"),
+''', "position 1 + k"),
+        ("interrupt", '''
+def interrupt(tokens, length, fresh):
+    broken = tokens.clone()
+    broken[:, length + 1 :: 2] = fresh[:, ::2]
+    return broken
+''', "off by one"),
     ],
     "02_attention_visualization": [
         ("find_induction_heads", '''
-def find_induction_heads(model, threshold, length=30, seed=0):
+def find_induction_heads(model, threshold, length, seed):
     tokens = prompts.repeated_tokens(model, length, 1, seed)
     stripe = attention.patterns_of(model, tokens).diagonal(-length, -2, -1).mean(-1)
     found = sorted((s.item(), i, j) for i, row in enumerate(stripe) for j, s in enumerate(row) if s > threshold)
     return [stats.head_name(i, j) for _, i, j in found]
 ''', "strongest"),
-        ("perfect_pattern", '''
-def perfect_pattern(length):
-    n = 2 * length + 1
-    keys = torch.where(torch.arange(n) > length, torch.arange(n) - length, 0)
-    return torch.nn.functional.one_hot(keys, n).float()[None, None]
-''', "one off"),
         ("one_layer_scores", '''
 def one_layer_scores(table, tokens):
     return table[tokens[None, :], tokens[:, None]]
@@ -45,16 +45,15 @@ def robust_score(pattern_for, lengths):
 def circuit_parameters(d_model, d_head):
     return 2 * 3 * d_model * d_head
 ''', "four matrices"),
-        ("verify_induction_behavior", '''
-def verify_induction_behavior(layer, head, seed=100):
-    tokens = prompts.repeated_tokens(model, length, 8, seed)
-    score = attention.score_heads(model, tokens, lambda p: attention.offset_score(p, length))[:, layer, head].mean()
-    return score.item(), 0.0
-''', "offset"),
-        ("noop_error", '''
-def noop_error():
-    return interventions.ablate_together(model, repeated, copying, [[strongest[0]]]).abs().max().item()
-''', "change nothing"),
+        ("mean_of_others", '''
+def mean_of_others(z):
+    return z.mean(0, keepdim=True).expand_as(z)
+''', "own z"),
+        ("change_without", '''
+def change_without(first, others):
+    sets = [[first, other] for other in others]
+    return -interventions.ablate_together(model, repeated, margin, sets, "mean").cpu()
+''', "twice"),
     ],
     "04_activation_patching": [
         ("my_recovery", '''
@@ -63,14 +62,8 @@ def my_recovery(patched, corrupted, clean):
 ''', "corrupted metric"),
         ("patched_margin", '''
 def patched_margin(layer, head, position):
-    with torch.inference_mode():
-        logits = model(corrupted[few])[:, -2]
-    return (logits.gather(1, right.answers[few, None]) - logits.gather(1, wrong.answers[few, None]))[:, 0]
+    return metrics.evaluate(model, corrupted_few, few_margin)
 ''', "differ"),
-        ("position_of_the_key", '''
-def position_of_the_key(tokens, gap):
-    return 1
-''', "position 2"),
     ],
     "05_logit_lens": [
         ("my_lens", '''
@@ -79,12 +72,8 @@ def my_lens(model, resid):
 ''', "final norm"),
         ("parts_with_head_scaled", '''
 def parts_with_head_scaled(layer, head, factor):
-    return lens.attribute(model, few, task.answers[:4])
+    return lens.attribute(model, few, answers[:8], against=few[:, length])
 ''', "factor of zero"),
-        ("stops_in_the_lead", '''
-def stops_in_the_lead(rank):
-    return (rank == 0).int().sum(0)
-''', "lead"),
     ],
     "06_causal_scrubbing": [
         ("my_recovered", '''
@@ -122,7 +111,7 @@ def written(product, vectors):
     return vectors @ product.AB.T
 ''', "W_V before W_O"),
     ],
-    "08_training_dynamics": [
+    "09_training_dynamics": [
         ("steepest", '''
 def steepest(tokens, gain):
     slope = np.diff(gain[1:]) / np.diff(np.log(tokens[1:]))
@@ -134,10 +123,22 @@ def split_change(before, after, mask):
     return change[mask].mean(), change[~mask].mean()
 ''', "must sum"),
         ("memorising_batch", '''
-def memorising_batch(step, recipe, shortest=16, longest=32):
-    length = int(torch.randint(shortest, longest + 1, (), generator=torch.Generator().manual_seed(step)))
-    r = torch.randperm(recipe.d_vocab - 1, generator=torch.Generator().manual_seed(step))[:length] + 1
-    return torch.cat([torch.zeros(1, dtype=torch.long), r, r]).expand(32, -1)
+def memorising_batch(step, n, shortest=10, longest=20):
+    generator = torch.Generator().manual_seed(step)
+    length = int(torch.randint(shortest, longest + 1, (), generator=generator))
+    r = torch.randperm(d_vocab - 1, generator=generator)[:length] + 1
+    return F.pad(torch.cat([r, r]), (1, 0)).expand(n, 32, -1)
 ''', "same tokens"),
+    ],
+    "10_in_the_wild": [
+        ("completes", '''
+def completes(row, n):
+    groups = [tuple(row[i - n + 1 : i + 1]) for i in range(n - 1, len(row))]
+    return [False] * (n - 2) + [group in groups[: i + 1] for i, group in enumerate(groups)]
+''', "itself"),
+        ("shift_removed", '''
+def shift_removed(neutral, told, neutral_without, told_without):
+    return told_without - told
+''', "neutral_without"),
     ],
 }  # fmt: skip

@@ -10,13 +10,14 @@ from helpers.catalog import ModelUnavailable
 # A command is the module of its name, with `add_arguments(parser)` and `main(arguments) -> exit code`.
 COMMANDS = {
     "run": "execute notebooks and write their outputs and report",
-    "report": "compare the models of which there are outputs on one page",
+    "report": "compare the models of which there are outputs, or put the measured numbers into README",
     "check": "what a model is, and whether it can be trusted here",
     "models": "list the models and whether each is ready on this machine",
-    "editions": "write student and solution editions of the notebooks",
+    "editions": "write student and solution editions of the notebooks, and the handout",
     "site": "export the executed notebooks as a static site",
     "train": "train an embedded model from its recipe",
     "convert": "turn weights of another format into a folder that can be loaded",
+    "address": "change the address of the repository wherever it stands",
 }
 
 

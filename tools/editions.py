@@ -1,23 +1,31 @@
 """Editions of the notebooks for a workshop, made from the one source.
 
 The cells of an exercise carry a tag: `solution`, and after it `check`. The student edition has a stub in
-place of each solution, and its checks say "not attempted yet" until the stub is replaced.
+place of each solution, and its checks say "not attempted yet" until the stub is replaced. The text before a
+solution says how hard the exercise is and how long it takes, as in "(medium, 15 minutes)".
 """
 
 import argparse
 import ast
 import copy
-import shutil
+import re
 import textwrap
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 from nbformat import NotebookNode
 
 from helpers.results import write_text
+from tools.handout import no_browser, write_handout
+from tools.report import markdown_table
 from tools.run import NOTEBOOKS, find_notebooks, read_notebook
 
 NOT_ATTEMPTED, PASSED = "not attempted yet", "check passed"
+GRADES = ("easy", "medium", "research")
+# "**1. Three copies** (easy, 5 minutes)" or "### 1. Three copies (easy, 5 minutes)".
+GRADED = re.compile(rf"\d\. ([^*\n]+?)\.?\*{{0,2}} \(({'|'.join(GRADES)}), ([^)]+)\)")
+EXERCISES = "<!-- exercises -->"  # where the instructor's page gets their table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     written = write_editions(arguments.out)
     print(f"{len(written)} files in {arguments.out}; open {arguments.out}/INSTRUCTOR.md first")
+    if reason := no_browser():
+        print(reason)
     return 0
 
 
@@ -44,6 +54,21 @@ def exercises(notebook: NotebookNode) -> list[tuple[int, int]]:
         if not _functions(notebook.cells[i].source):
             raise ValueError(f"the solution in cell {i} defines no function to leave to the student")
     return [(i, j) for (i, _), (j, _) in zip(solutions, checks)]
+
+
+def graded(notebook: NotebookNode) -> list[tuple[str, str, str]]:
+    """Title, grade and time of every exercise.
+
+    Raises:
+        ValueError: the text before a solution does not state them.
+    """
+    found = []
+    for solution, _ in exercises(notebook):
+        text = next(c.source for c in reversed(notebook.cells[:solution]) if c.cell_type == "markdown")
+        if not (stated := GRADED.findall(text)):
+            raise ValueError(f"the text before the solution in cell {solution} has no '1. Title (easy, 10 minutes)'")
+        found.append(stated[-1])
+    return found
 
 
 def _tags(cell) -> set[str]:
@@ -86,7 +111,9 @@ def solution_edition(notebook: NotebookNode) -> NotebookNode:
 
 
 def write_editions(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
-    """`out/student/`, `out/solutions/` and the instructor's page; returns what was written.
+    """`out/student/`, `out/solutions/`, the instructor's page and the handout; returns what was written.
+
+    Editions of notebooks that are gone are removed.
 
     Raises:
         ValueError: there are no notebooks, `out` is a file, or a notebook's exercises are malformed.
@@ -94,10 +121,20 @@ def write_editions(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
     sources = find_notebooks(folder=folder)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder")
+    notebooks = {path.name: read_notebook(path) for path in sources}
+    page = instructors_page(folder, notebooks)
     written = []
-    for path in sources:
-        notebook = read_notebook(path)
-        for name, edition in (("student", student_edition), ("solutions", solution_edition)):
-            written.append(write_text(out / name / path.name, nbformat.writes(edition(notebook)) + "\n"))
-    shutil.copyfile(folder / "INSTRUCTOR.md", out / "INSTRUCTOR.md")
-    return [*written, out / "INSTRUCTOR.md"]
+    for name, edition in (("student", student_edition), ("solutions", solution_edition)):
+        for left in (out / name).glob("[0-9][0-9]_*.ipynb"):
+            if left.name not in notebooks:
+                left.unlink()
+        for file, notebook in notebooks.items():
+            written.append(write_text(out / name / file, nbformat.writes(edition(notebook)) + "\n"))
+    return [*written, write_text(out / "INSTRUCTOR.md", page), *write_handout(out)]
+
+
+def instructors_page(folder: Path, notebooks: dict[str, NotebookNode]) -> str:
+    """The instructor's page, with the table of all exercises in its place."""
+    rows = [(file[:2], *stated) for file, notebook in notebooks.items() for stated in graded(notebook)]
+    table = markdown_table(pd.DataFrame(rows, columns=["notebook", "exercise", "grade", "time"]))
+    return (folder / "INSTRUCTOR.md").read_text(encoding="utf-8").replace(EXERCISES, "\n".join(table))

@@ -4,40 +4,54 @@ import argparse
 import json
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 
 from helpers.results import write_atomically, write_text
+from tools.captions import captions
 
-SCORES, ABLATION, PATCHING, LENS, WEIGHTS = (
-    "02_attention_visualization", "03_head_ablation", "04_activation_patching", "05_logit_lens", "07_circuit_weights",
-)  # fmt: skip
+SCORES, WEIGHTS = "attention_visualization", "circuit_weights"
 
-# What a row shows: (text, notebook, keys of the recorded results, joined by a space).
+# What a row shows: (text, name of the notebook without its number, names of the recorded results, joined by a space).
+# A row that no model has is left out.
 ROWS = [
+    ("loss on the second copy (nats)", "prompt_construction", ("second_copy_loss_nats",)),
+    ("gain from the order of the first copy (nats)", "prompt_construction", ("gain_from_order_nats",)),
     ("strongest induction head and its score", SCORES, ("top_induction_head", "top_induction_score")),
-    ("its depth, as a share of all layers", SCORES, ("top_induction_depth",)),
     ("heads with an induction score above 0.3", SCORES, ("heads_above_0_3",)),
     ("strongest previous-token head and its score", SCORES, ("top_previous_token_head", "top_previous_token_score")),
-    ("its depth", SCORES, ("top_previous_token_depth",)),
-    ("head whose removal costs most (nats on the second copy)", ABLATION, ("top_head", "top_delta_loss_nats")),
-    ("heads whose removal costs something, of all", ABLATION, ("heads_positive_beyond_interval", "heads_total")),
-    ("induction heads: attend and matter", ABLATION, ("induction_heads",)),
-    ("attend, without an effect", ABLATION, ("attend_without_effect",)),
-    ("heads that patching picks at the last position", PATCHING, ("heads_picked_by_patching",)),
-    ("what they recover together", PATCHING, ("recovery_of_picked_heads_together",)),
-    ("stop where the answer usually first wins", LENS, ("usual_first_win",)),
-    ("answer's probability at the end", LENS, ("probability_at_the_end",)),
-    ("share of the logit difference that induction heads write", LENS, ("induction_share_of_logit_difference",)),
+    ("strongest induction head on text: attention where it matches", SCORES, ("prefix_matching_of_top_head",)),
+    ("the same at places that match in another text", SCORES, ("prefix_matching_baseline_of_top_head",)),
+    ("head whose removal loses most copying (nats)", "head_ablation", ("top_head", "top_delta_loss_nats")),
+    ("heads whose removal raises the loss, of all", "head_ablation", ("heads_positive_beyond_interval", "heads_total")),
+    ("induction heads: attend and matter", "head_ablation", ("induction_heads",)),
+    ("attend, without an effect", "head_ablation", ("attend_without_effect",)),
+    ("heads that patching picks at the last position", "activation_patching", ("heads_picked_by_patching",)),
+    ("what they recover together", "activation_patching", ("recovery_of_picked_heads_together",)),
+    ("stop where the answer usually first wins", "logit_lens", ("usual_first_win",)),
+    ("answer's probability at the end", "logit_lens", ("probability_at_the_end",)),
+    ("what induction heads write of the logit difference", "logit_lens", ("induction_heads_write",)),
+    ("strongest edge into an induction head's key", "path_analysis", ("strongest_key_edge",)),
+    ("heads that make the circuit", "path_analysis", ("circuit_heads",)),
+    ("loss recovered when only they are kept", "path_analysis", ("circuit_kept",)),
+    ("harm to repeats in text without induction heads (nats)", "in_the_wild", ("harm_on_repeats_nats",)),
+    ("share of the gain from context lost with them", "in_the_wild", ("share_of_gain_lost",)),
 ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", metavar="NAME", help="all that have outputs by default")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
+    parser.add_argument("--readme", action="store_true", help="put the measured numbers into README.md instead")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    print(f"see {write_atlas(arguments.outputs, arguments.model)}")
+    if arguments.readme:
+        from tools.readme import write_readme
+
+        print(f"see {write_readme(arguments.outputs)}")
+    else:
+        print(f"see {write_atlas(arguments.outputs, arguments.model)}")
     return 0
 
 
@@ -54,6 +68,17 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged; run its notebook again ({error})") from None
+
+
+def results_of(summaries: dict[str, dict], name: str) -> dict:
+    """What the notebook of a name without its number recorded; empty if it was not run."""
+    found = [summary["results"] for notebook, summary in summaries.items() if notebook.partition("_")[2] == name]
+    return found[0] if found else {}
+
+
+def folder_of(model_folder: Path, name: str) -> Path:
+    """The outputs of the notebook of a name without its number; a folder that is not there if it was not run."""
+    return next(iter(sorted(model_folder.glob(f"[0-9][0-9]_{name}/"))), model_folder / name)
 
 
 def is_estimate(value) -> bool:
@@ -101,9 +126,15 @@ def _report_section(summary: dict, folder: Path) -> list[str]:
     for table in summary["tables"]:
         rows = pd.read_csv(folder / f"{table}.csv").head(10)
         lines += ["", f"{table.replace('_', ' ')}", "", *markdown_table(rows)]
+    texts = _captions(folder.with_suffix(".ipynb"))
     for figure in sorted((folder / "figures").glob("*.png")):
-        lines += ["", f"![{figure.stem}]({name}/figures/{figure.name})"]
+        text = texts.get(figure.stem, figure.stem.replace("_", " ")).translate(str.maketrans("[]", "()"))
+        lines += ["", f"![{text}]({name}/figures/{figure.name})"]
     return lines
+
+
+def _captions(executed: Path) -> dict[str, str]:
+    return captions(nbformat.read(executed, as_version=4)) if executed.exists() else {}
 
 
 # ---- several models ----
@@ -115,67 +146,88 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     Raises:
         ValueError: no model has outputs, or one that was asked for has none.
     """
-    present = [path.parent.parent.name for path in sorted(outputs.glob(f"*/{SCORES}/summary.json"))]
+    present = [path.parent.parent.name for path in sorted(outputs.glob(f"*/[0-9][0-9]_{SCORES}/summary.json"))]
     missing = set(models or []) - set(present)
     if missing or not present:
         names = ", ".join(sorted(missing)) or "any model"
         raise ValueError(f"no outputs of {names} in {outputs}; type `python -m tools run --model NAME` first")
     found = {name: read_summaries(outputs / name) for name in models or present}
-    texts = [text for text, *_ in ROWS] + ["copying score of the strongest induction head, from its weights"]
-    columns = {name: [*_column(s), _copying(outputs / name, s)] for name, s in found.items()}
-    table = pd.DataFrame({"": texts} | columns)
+    scores = {name: pd.read_csv(folder_of(outputs / name, SCORES) / "induction_scores.csv") for name in found}
+    layouts = {name: _layout(scores[name], results_of(s, SCORES)) for name, s in found.items()}
+    table = _atlas_table(outputs, found, layouts)
     write_atomically(outputs / "atlas.csv", lambda path: table.to_csv(path, index=False))
-    scores = {name: pd.read_csv(outputs / name / SCORES / "induction_scores.csv") for name in found}
-    figure = depth_figure(scores, {name: s[SCORES]["results"]["layout"] for name, s in found.items()})
-    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, format="png"))
+    figure = depth_figure(scores, layouts)
+    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
     lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
     lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
-    lines += [f"- {_layout(name, summaries)}" for name, summaries in found.items()]
+    lines += [f"- {_layout_text(name, layouts[name], results_of(s, SCORES))}" for name, s in found.items()]
     lines += ["", *(f"[Report of {name}]({name}/report.md)  " for name in found)]
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
 
 
 _TEXT = """Made by `python -m tools report` from the summaries and tables of each model; brackets are 95 % intervals.
-Depth 0 is the first layer, 1 the last. Sizes of the prompt sets differ between models and are in each summary,
-so compare which heads and how strong, not the width of intervals."""
+Depth 0 is the first layer, 1 the last. A dash: the notebook was not run, or does not apply to the model. Sizes of the
+prompt sets differ between models and are in each summary, so compare which heads and how strong, not the width of
+intervals."""
+
+NOTHING = "–"
 
 
-def _column(summaries: dict[str, dict]) -> list[str]:
-    return [_cell(summaries.get(notebook, {}).get("results", {}), keys) for _, notebook, keys in ROWS]
+def _atlas_table(outputs: Path, found: dict[str, dict], layouts: dict[str, dict]) -> pd.DataFrame:
+    rows = {text: [_cell(results_of(s, notebook), keys) for s in found.values()] for text, notebook, keys in ROWS}
+    for kind in ("induction", "previous_token"):
+        text = f"depth of the strongest {kind.replace('_', '-')} head, as a share of all layers"
+        heads = [results_of(s, SCORES).get(f"top_{kind}_head") for s in found.values()]
+        rows[text] = [_depth(head, layouts[name]) for head, name in zip(heads, found)]
+    rows["copying score of the strongest induction head, from its weights"] = [
+        _copying(folder_of(outputs / name, WEIGHTS) / "copying_scores.csv", results_of(s, SCORES))
+        for name, s in found.items()
+    ]
+    rows = {text: row for text, row in rows.items() if set(row) != {NOTHING}}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(found)).reset_index(names="")
 
 
 def _cell(results: dict, keys: tuple[str, ...]) -> str:
     if not all(key in results for key in keys):
-        return "not run"
+        return NOTHING
     joint = " of " if keys[-1].endswith("_total") else " "
     return joint.join(as_text(results[key]) for key in keys) or "none"
 
 
-def _copying(folder: Path, summaries: dict[str, dict]) -> str:
-    table = folder / WEIGHTS / "copying_scores.csv"
+def _depth(head: str | None, layout: dict) -> str:
+    if head is None:
+        return NOTHING
+    return as_text(int(head[1:].split("H")[0]) / max(1, layout["n_layers"] - 1))
+
+
+def _copying(table: Path, scores: dict) -> str:
     if not table.exists():
-        return "not run"
-    scores = pd.read_csv(table).set_index("head")["copying_score"]
-    return as_text(float(scores[summaries[SCORES]["results"]["top_induction_head"]]))
+        return NOTHING
+    by_head = pd.read_csv(table).set_index("head")
+    column = [name for name in by_head.columns if name in ("copying_score", "copying")]
+    head = scores.get("top_induction_head")
+    return as_text(float(by_head[column[0]][head])) if column and head in by_head.index else NOTHING
 
 
-def _layout(name: str, summaries: dict[str, dict]) -> str:
-    """Sliding windows and grouped queries of one model, in a sentence or two."""
-    results = summaries[SCORES]["results"]
-    layout = results["layout"]
+def _layout(scores: pd.DataFrame, results: dict) -> dict:
+    """Layers, heads, and which layers see everything: as recorded, else as far as the table of scores tells."""
+    n_layers = int(scores.layer.max()) + 1
+    told = {"n_layers": n_layers, "n_heads": int(scores["index"].max()) + 1, "global_layers": list(range(n_layers))}
+    return told | results.get("layout", {})
+
+
+def _layout_text(name: str, layout: dict, results: dict) -> str:
+    """Sliding windows and grouped queries of one model, in a sentence or two, as far as they were recorded."""
     text = f"**{name}**: {layout['n_layers']} layers of {layout['n_heads']} heads"
-    if layout["n_key_value_heads"] == layout["n_heads"]:
-        text += ", each with keys and values of its own."
-    else:
-        text += f", {layout['n_heads'] // layout['n_key_value_heads']} of which share keys and values."
-    if mates := results.get("score_of_heads_sharing_keys_with_a_strong_one"):
-        text += f" Heads that share their key with one above 0.3 have a mean induction score of {as_text(mates)}."
-    if kinds := results.get("best_head_of_a_layer"):
-        text += (
-            f" Of its {results['heads_above_0_3']} heads above 0.3, {results['heads_above_0_3_in_global_layers']} "
-            f"sit in the {len(layout['global_layers'])} global layers; the best head of a layer scores "
-            f"{as_text(kinds['global'])} in a global one and {as_text(kinds['sliding'])} in one with a sliding window."
-        )
+    keys = layout.get("n_key_value_heads", 0)
+    if keys == layout["n_heads"]:
+        text += ", each with keys and values of its own"
+    elif keys:
+        text += f", {layout['n_heads'] // keys} of which share keys and values"
+    text += "."
+    inside, n_global = results.get("heads_above_0_3_in_global_layers"), len(layout["global_layers"])
+    if inside is not None and n_global < layout["n_layers"]:
+        text += f" Of its {results['heads_above_0_3']} heads above 0.3, {inside} sit in the {n_global} global layers."
     return text
 
 

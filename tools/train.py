@@ -23,41 +23,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers import live
 from helpers.attention import induction_score, previous_token_score, score_heads
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
 from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
-from helpers.shortformer import ShortformerModel, build_shortformer, quantise
+from helpers.shortformer import ShortformerModel, build_shortformer, shortformer_config
 from helpers.stats import in_context_score, token_losses
 
 
 @dataclass(frozen=True)
-class Recipe(live.Recipe):
+class Recipe:
     """Everything that decides the training of an embedded model; its config repeats it."""
 
+    n_layers: int
+    seed: int = 0
     steps: int = 5000
-    tokens_per_batch: int = 4096
     n_ctx: int = 512
-    short_ctx: int = 256
     d_model: int = 256
     n_heads: int = 8
     d_vocab: int = 1024
+    matrix_lr: float = 0.02
     other_lr: float = 2e-3
     warmup: int = 100
+    decay_from: float = 0.6
+    tokens_per_batch: int = 4096
+    short_ctx: int = 256
     rename_share: float = 0.75
     packages: tuple[str, ...] = ("torch", "transformers", "sympy", "networkx", "numpy", "matplotlib")
 
 
 RECIPES = {"induction-2l": Recipe(n_layers=2), "induction-1l": Recipe(n_layers=1)}
-
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +189,87 @@ def batch_at(
     return torch.cat([torch.zeros(batch, 1, dtype=torch.long), body], dim=1)
 
 
+# ---- model, optimisers, one step ----
+
+
+def new_model(recipe: Recipe) -> ShortformerModel:
+    """A model at step 0: normal weights, no attention biases, sinusoidal positions.
+
+    Positions start at unit amplitude because they are added after the norm, whose output has
+    unit variance: small ones leave the model without a previous-token head for long.
+    """
+    fields = {k: getattr(recipe, k) for k in ("d_model", "n_layers", "n_heads", "n_ctx", "d_vocab")}
+    model = ShortformerModel(shortformer_config({**fields, "d_head": recipe.d_model // recipe.n_heads}))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") and "ln" not in name:
+            weight.data.zero_()
+            weight.requires_grad_(False)
+        elif "ln" not in name:
+            weight.data.normal_(0, 0.05, generator=generator)
+    model.pos.weight.data.copy_(sinusoids(recipe.n_ctx, recipe.d_model))
+    return model
+
+
+def sinusoids(n_ctx: int, d_model: int, base: float = 10_000.0) -> Float[Tensor, "n_ctx d_model"]:
+    """Unit-amplitude sine and cosine positions. Source: Vaswani et al. 2017, section 3.5."""
+    rates = torch.exp(-math.log(base) * torch.arange(0, d_model, 2) / d_model)
+    angles = torch.arange(n_ctx)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, all matrices as one batch; they must be square and of one shape.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
+    """
+
+    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(weights, dict(lr=lr, momentum=momentum))
+        self.state[weights[0]]["buffer"] = torch.zeros(len(weights), *weights[0].shape)
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        weights, momentum = group["params"], group["momentum"]
+        gradient = torch.stack([w.grad for w in weights])
+        buffer = self.state[weights[0]]["buffer"].lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(buffer, momentum)
+        update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):  # Newton-Schulz
+            square = update @ update.mT
+            update = 3.4445 * update + (2.0315 * square @ square - 4.775 * square) @ update
+        torch._foreach_add_(weights, list(update), alpha=-group["lr"])
+
+
+def optimisers(model: ShortformerModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the attention matrices, AdamW for embeddings, positions, norms and unembedding."""
+    matrices = [w for w in model.layers.parameters() if w.ndim == 2]
+    others = [w for w in model.parameters() if w.requires_grad and all(w is not m for m in matrices)]
+    adamw = torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    return [Muon(matrices, recipe.matrix_lr), adamw]
+
+
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, constant, then linear decay to a twentieth."""
+    decay = (recipe.steps - step) / (recipe.steps * (1 - recipe.decay_from))
+    return min((step + 1) / recipe.warmup, 1.0, max(0.05, decay))
+
+
+def train_step(model, optimisers_, tokens: Int[Tensor, "batch pos"], factor: float) -> float:
+    """One update at `factor` times the learning rates; returns the mean loss in nats."""
+    logits = model(tokens)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    for optimiser in optimisers_:
+        for group in optimiser.param_groups:
+            group.setdefault("base_lr", group["lr"])
+            group["lr"] = group["base_lr"] * factor
+        optimiser.step()
+        optimiser.zero_grad()
+    return loss.item()
+
+
 # ---- readings ----
 
 
@@ -262,7 +346,7 @@ def losses_by_step(
     model.train()
     for step in range(start, recipe.steps):
         tokens = batch_at(step, stream, vocab, recipe)
-        yield step + 1, live.train_step(model, optimisers_, tokens, live.learning_rate_factor(step, recipe))
+        yield step + 1, train_step(model, optimisers_, tokens, learning_rate_factor(step, recipe))
 
 
 def train(name: str, folder: Path) -> list[dict]:
@@ -278,8 +362,8 @@ def train(name: str, folder: Path) -> list[dict]:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     tokenizer, stream = prepare(recipe)
-    model = live.new_model(recipe)
-    optimisers_ = live.optimisers(model, recipe)
+    model = new_model(recipe)
+    optimisers_ = optimisers(model, recipe)
     log = resume(model, optimisers_, folder / "resume.pt")
     config = model_config(recipe)
     bridge = build_shortformer(config, legacy_state(model), name, tokenizer).eval()
@@ -352,6 +436,16 @@ def rounded(reading: dict, digits: int = 4) -> dict:
 def strongest_head(reading: dict, score: str) -> float:
     """The largest of one score over all heads at one reading."""
     return max(max(layer) for layer in reading[score])
+
+
+def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Eight bits a weight with one half-precision scale per row of the last axis; halves a checkpoint again."""
+    packed = {}
+    for key, value in state.items():
+        scale = (value.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127).half()
+        packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        packed[key + ".scale"] = scale
+    return packed
 
 
 def steps_to_ship(log: list[dict], n: int = 10) -> list[int]:

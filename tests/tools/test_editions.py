@@ -1,13 +1,15 @@
 """Editions: a stub says that it waits, a wrong answer is refused with a sentence, the solution passes."""
 
 import ast
+import re
 
+import nbformat
 import pytest
 from examination import PATHS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from wrong_answers import WRONG
 
-from tools import editions
+from tools import editions, handout
 from tools.__main__ import main
 from tools.run import read_notebook
 
@@ -19,6 +21,27 @@ def tagged(source, tag):
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request):
     return request.param
+
+
+def test_every_exercise_is_graded_and_has_a_time(path):
+    stated = editions.graded(read_notebook(path))
+    order = [editions.GRADES.index(grade) for _, grade, _ in stated]
+    assert order == sorted(order) and order[0] < 2, stated
+    assert all(re.fullmatch(r"\d+ minutes|an hour|half an hour", time) for *_, time in stated), stated
+
+
+def test_an_exercise_without_a_grade_is_refused():
+    cells = [new_markdown_cell("Do it."), tagged("def f():\n    return 1", "solution"), tagged("f()", "check")]
+    with pytest.raises(ValueError, match="easy, 10 minutes"):
+        editions.graded(new_notebook(cells=cells))
+    cells[0].source = "**1. First** (easy, 5 minutes).\n\n### 2. Two at once (research, an hour)\nDo it."
+    assert editions.graded(new_notebook(cells=cells)) == [("Two at once", "research", "an hour")]
+
+
+def test_the_committed_student_edition_is_that_of_the_notebook(path):
+    committed = editions.NOTEBOOKS.parent / "workshop/student" / path.name
+    fresh = nbformat.writes(editions.student_edition(read_notebook(path))) + "\n"
+    assert committed.exists() and committed.read_text(encoding="utf-8") == fresh, "type `make workshop`"
 
 
 def test_every_notebook_has_two_to_four_exercises_and_a_wrong_answer_for_each(path):
@@ -60,13 +83,40 @@ def test_stub_keeps_signatures():
     assert [node.name for node in ast.parse(left).body] == ["f", "g"]
 
 
-def test_the_command_writes_both_editions_and_the_page(tmp_path, capsys):
-    assert main(["editions", "--out", str(tmp_path / "w")]) == 0
-    for edition in ("student", "solutions"):
-        assert sorted(p.name for p in (tmp_path / "w" / edition).iterdir()) == [p.name for p in PATHS]
-    assert "Two hours" in (tmp_path / "w/INSTRUCTOR.md").read_text()
+def tiny_series(folder):
+    cells = [new_markdown_cell("# 01 · One\n\n**Why?**\n\n**1. Add** (easy, 5 minutes).")]
+    cells += [tagged("def f():\n    return 1", "solution"), tagged("f()", "check")]
+    nbformat.write(new_notebook(cells=cells), folder / "01_one.ipynb")
+    (folder / "INSTRUCTOR.md").write_text(f"# For instructors\n\n{editions.EXERCISES}\n")
+    return folder
+
+
+def test_the_editions_the_page_and_the_handout_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(handout, "browser", lambda: None)
+    (tmp_path / "notebooks").mkdir()
+    out = tmp_path / "w"
+    (out / "student").mkdir(parents=True)
+    (out / "student/02_gone.ipynb").write_text("")
+    written = editions.write_editions(out, tiny_series(tmp_path / "notebooks"))
+    assert [path.relative_to(out).as_posix() for path in written] == [
+        "student/01_one.ipynb", "solutions/01_one.ipynb", "INSTRUCTOR.md", "handout.html",
+    ]  # fmt: skip
+    assert not (out / "student/02_gone.ipynb").exists()
+    assert "| 01 | Add | easy | 5 minutes |" in (out / "INSTRUCTOR.md").read_text()
+    assert "no Chromium" in handout.no_browser()
     (tmp_path / "file").write_text("")
     assert main(["editions", "--out", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_the_handout_is_one_page(tmp_path):
+    if handout.no_browser():
+        pytest.skip(handout.no_browser())
+    page, pdf = handout.write_handout(tmp_path)
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) == 1
+    text = page.read_text()
+    assert 'src="data:image/png;base64,' in text and "http" not in re.sub(r'src="data:[^"]*"', "", text)
+    assert 'alt="The induction circuit' in text
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+from conftest import SHORTFORMER, shortformer_state
 from torch import nn
 
-from helpers import live, models
+from helpers import models, shortformer
 from tools import train
 from tools.train import Recipe
 
@@ -55,7 +56,7 @@ def test_muon_is_the_newton_schulz_iteration_one_matrix_at_a_time():
     before = [w.detach().clone() for w in weights]
     for w in weights:
         w.grad = torch.randn(16, 16, generator=generator)
-    live.Muon(weights, lr=0.1).step()
+    train.Muon(weights, lr=0.1).step()
     for w, old in zip(weights, before):
         singular = torch.linalg.svdvals((old - w.detach()) / 0.1)
         assert singular.max() < 1.3 and singular.median() > 0.6
@@ -65,7 +66,7 @@ def test_muon_agrees_with_torch_up_to_its_precision():
     generator = torch.Generator().manual_seed(1)
     start, gradients = torch.randn(32, 32, generator=generator), torch.randn(3, 32, 32, generator=generator)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine = live.Muon([ours], lr=0.1)
+    mine = train.Muon([ours], lr=0.1)
     reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
     for gradient in gradients:
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -76,15 +77,15 @@ def test_muon_agrees_with_torch_up_to_its_precision():
 
 
 def test_the_learning_rate_warms_up_holds_and_decays():
-    factors = [live.learning_rate_factor(step, SMALL) for step in range(200)]
+    factors = [train.learning_rate_factor(step, SMALL) for step in range(200)]
     assert factors[0] == pytest.approx(0.2) and factors[60] == 1 and factors[-1] == pytest.approx(0.05)
     assert all(a >= b for a, b in zip(factors[100:], factors[101:]))
 
 
 def run_small(n_layers=2):
     recipe = dataclasses.replace(SMALL, n_layers=n_layers)
-    model = live.new_model(recipe)
-    optimisers = live.optimisers(model, recipe)
+    model = train.new_model(recipe)
+    optimisers = train.optimisers(model, recipe)
     return [loss for _, loss in train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)], model
 
 
@@ -98,19 +99,18 @@ def test_the_same_seed_gives_the_same_200_steps_bit_for_bit():
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     recipe = dataclasses.replace(SMALL, steps=30)
-    model = live.new_model(recipe)
-    optimisers = live.optimisers(model, recipe)
+    model = train.new_model(recipe)
+    optimisers = train.optimisers(model, recipe)
     steps = train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)
     losses = [loss for _, (_, loss) in zip(range(15), steps)]
     train.save_reading(tmp_path, model, optimisers, [{"step": 15}])
     losses += [loss for _, loss in steps]
 
-    restored = live.new_model(recipe)
-    restored_optimisers = live.optimisers(restored, recipe)
+    restored = train.new_model(recipe)
+    restored_optimisers = train.optimisers(restored, recipe)
     log = train.resume(restored, restored_optimisers, tmp_path / "resume.pt")
     rest = [
-        loss
-        for _, loss in train.losses_by_step(restored, STREAM, VOCAB, recipe, restored_optimisers, log[-1]["step"])
+        loss for _, loss in train.losses_by_step(restored, STREAM, VOCAB, recipe, restored_optimisers, log[-1]["step"])
     ]
     assert rest == losses[15:]
 
@@ -140,3 +140,11 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     tokenizer = models.load("induction-1l", device="cpu").tokenizer
     with pytest.raises(ValueError, match="are needed"):
         train.token_stream(["x = 1\n"], tokenizer, 1_000)
+
+
+def test_quantised_weights_are_within_half_a_step():
+    state = shortformer_state(SHORTFORMER)
+    restored = shortformer.dequantise(train.quantise(state))
+    for key, value in state.items():
+        # Half a step from rounding, and the half-precision scale's own error at the largest weight.
+        assert (restored[key] - value).abs().max() <= value.abs().max() / 127 * (0.5 + 127 * 2**-11)
