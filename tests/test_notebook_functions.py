@@ -2,6 +2,7 @@
 
 import ast
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,22 +12,20 @@ import pytest
 import torch
 from conftest import SHORTFORMER, shortformer_state
 from transformer_lens.FactoredMatrix import FactoredMatrix
-from transformer_lens.utilities.matrix import composition_scores
 
 from helpers import circuits, models, prompts
 from helpers.hypotheses import OTHER, RESAMPLED, UNSCRUBBED, Input, Rule, X
-from helpers.shortformer import ShortformerModel
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 IMPORTED = dict(
-    torch=torch, np=np, circuits=circuits, prompts=prompts, ShortformerModel=ShortformerModel, X=X,
-    FactoredMatrix=FactoredMatrix, composition_scores=composition_scores, cfg=SimpleNamespace(device="cpu"),
+    torch=torch, np=np, Counter=Counter, circuits=circuits, prompts=prompts, X=X,
+    FactoredMatrix=FactoredMatrix, cfg=SimpleNamespace(device="cpu"),
 )  # fmt: skip
 
 
 def defined_in(notebook: str, function: str, **names):
     """A function of a notebook, with those that it calls and `names` around it."""
-    (path,) = NOTEBOOKS.glob(f"{notebook}_*.ipynb")
+    (path,) = [p for p in NOTEBOOKS.glob(f"{notebook}_*.ipynb") if f"def {function}(" in p.read_text()]
     sources = [
         c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and "def " in c.source
     ]
@@ -81,15 +80,17 @@ def test_translator_recovers_an_affine_map():
     torch.testing.assert_close(source @ found[:-1] + found[-1], source @ weight + offset, atol=1e-4, rtol=0)
 
 
-def test_random_matrices_compose_at_one_over_root_width():
-    random_composition = defined_in("07", "random_composition")
-    scores = random_composition(d_model=64, d_head=8, n=200)
-    assert scores.pow(2).mean().sqrt().item() == pytest.approx(1 / 8, rel=0.02)
-    assert torch.equal(scores, random_composition(d_model=64, d_head=8, n=200))
+def test_bigram_losses_are_counts_mixed_with_unigrams():
+    bigram_losses = defined_in("05", "bigram_losses")
+    seen, texts = torch.tensor([[0, 1, 2, 1, 3], [0, 1, 2, 2, 2]]), torch.tensor([[0, 1, 2, 3]])
+    unigram = torch.tensor([0.0, 1, 4, 1, 0]) + 0.1  # what follows something other than BOS
+    unigram = unigram / unigram.sum()
+    expected = torch.stack([(2 + 2 * unigram[2]) / (3 + 2), (0 + 2 * unigram[3]) / (3 + 2)])
+    torch.testing.assert_close(bigram_losses(seen, texts, 5, 2)[0], -expected.log())
 
 
 def test_positional_patterns_are_the_models_own_when_tokens_contribute_nothing():
-    positional_patterns = defined_in("07", "positional_patterns")
+    positional_patterns = defined_in("08", "positional_patterns")
     tokens = torch.randint(50, (3, 20), generator=torch.Generator().manual_seed(1))
     state = shortformer_state(SHORTFORMER)
     state |= {key: torch.zeros_like(value) for key, value in state.items() if key.endswith("ln1.w")}
@@ -100,12 +101,20 @@ def test_positional_patterns_are_the_models_own_when_tokens_contribute_nothing()
         torch.testing.assert_close(cache["pattern", layer][0], patterns[layer], atol=1e-5, rtol=1e-4)
 
 
-def test_positional_patterns_of_learned_positions_are_causal(tiny):
-    positional_patterns = defined_in("07", "positional_patterns")
-    patterns = positional_patterns(tiny("gpt2"), 12)
-    assert patterns.shape == (3, 4, 12, 12)
-    torch.testing.assert_close(patterns.sum(-1), torch.ones(3, 4, 12))
-    assert (patterns.triu(1) == 0).all()
+def test_keeping_directions_cuts_the_product_and_holds_the_rest_at_the_mean():
+    keep_directions = defined_in("08", "keep_directions")
+    generator = torch.Generator().manual_seed(0)
+    left, right, x = (torch.randn(shape, generator=generator) for shape in ((30, 6), (6, 20), (3, 5, 4, 6)))
+    U, S, Vh = torch.linalg.svd(left @ right, full_matrices=False)
+    name, hook = keep_directions("hook_z", (1, 2), left, right, 2)
+    assert name == "blocks.1.attn.hook_z"
+    mean, changed = x[:, :, 2].mean((0, 1)), hook(x.clone(), None)
+    expected = mean @ right + (x[:, :, 2] - mean) @ right @ Vh[:2].T @ Vh[:2]
+    torch.testing.assert_close(changed[:, :, 2] @ right, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(changed[:, :, [0, 1, 3]], x[:, :, [0, 1, 3]])
+    everything, nothing = (keep_directions("hook_z", (1, 2), left, right, k)[1](x.clone(), None) for k in (6, 0))
+    torch.testing.assert_close(everything, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(nothing[:, :, 2], mean.expand(3, 5, 6), atol=1e-5, rtol=1e-5)
 
 
 def test_unscrubbed_share_counts_ingredients():

@@ -93,7 +93,7 @@ def my_attempt():
     return layer_0_roles, permissive
 ''', "claims less"),
     ],
-    "07_circuit_weights": [
+    "08_circuit_weights": [
         ("small_eigenvalues", '''
 def small_eigenvalues(A, B):
     return torch.linalg.eigvals(A @ B)
@@ -102,14 +102,6 @@ def small_eigenvalues(A, B):
 def random_overlap(S, T, d, generator):
     return (S * T).norm() / S.norm() / T.norm()
 ''', "1/d"),
-        ("split", '''
-def split(product, k):
-    return circuits.directions_kept(product, slice(k)), circuits.directions_kept(product, slice(k - 1, None))
-''', "overlap"),
-        ("written", '''
-def written(product, vectors):
-    return vectors @ product.AB.T
-''', "W_V before W_O"),
     ],
     "09_training_dynamics": [
         ("steepest", '''
