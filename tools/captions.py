@@ -22,12 +22,12 @@ KINDS = {
 
 def captions(notebook: NotebookNode) -> dict[str, str]:
     """What every figure shows that the notebook keeps, by the figure's name."""
-    return {name: text for texts in _by_cell(notebook) for name, text in texts.items()}
+    return {name: text for texts in by_cell(notebook) for name, text in texts.items()}
 
 
 def describe(notebook: NotebookNode) -> NotebookNode:
     """Give every stored picture of an executed notebook its alternative text; the notebook itself is changed."""
-    for cell, texts in zip(notebook.cells, _by_cell(notebook)):
+    for cell, texts in zip(notebook.cells, by_cell(notebook)):
         text = " / ".join(texts.values()) or f"Figure of {texts.heading}"
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
@@ -41,7 +41,8 @@ class _Texts(dict):
     heading = ""
 
 
-def _by_cell(notebook: NotebookNode) -> list[_Texts]:
+def by_cell(notebook: NotebookNode) -> list[_Texts]:
+    """The captions of the figures that each cell keeps, by the figure's name."""
     found, heading = [], "the notebook"
     for cell in notebook.cells:
         texts = _Texts()

@@ -1,6 +1,7 @@
 """The executed series as a static site: opened from a folder or a USB stick, it asks no network for anything."""
 
 import argparse
+import hashlib
 import html
 import re
 import shutil
@@ -11,18 +12,19 @@ import nbformat
 
 from helpers.catalog import DEFAULT_MODEL
 from helpers.results import write_text
-from tools.captions import describe
+from tools.captions import by_cell, describe
 from tools.handout import markdown_to_html
 from tools.report import SCORES, folder_of
 from tools.run import read_notebook
 
 SCRIPT = "circuitsvis.js"
+SHARED = 10_000  # characters of a style sheet from which on the pages share it as a file
 
 # nbconvert's page loads three scripts from the network, for things that the series does not use; and its pictures
 # have no alternative text.
 _TEMPLATE = """{% extends 'lab/index.html.j2' %}
 {% block data_png scoped %}<div class="jp-RenderedImage jp-OutputArea-output">
-<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
+<img src="{{ output.metadata.get('file') or 'data:image/png;base64,' + output.data['image/png'] | escape_html }}"
 alt="{{ (output | get_metadata('alt', 'image/png') or '') | escape_html }}"></div>{% endblock %}
 {% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}"""
@@ -71,6 +73,32 @@ def page(notebook) -> str:
     exporter = HTMLExporter(extra_loaders=[DictLoader({"offline.j2": _TEMPLATE})], template_file="offline.j2")
     title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
     return exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
+
+
+def link_pictures(notebook, folder: Path, out: Path) -> None:
+    """Where a cell shows the one figure that it keeps, let its page show the kept file, which the report shows too."""
+    for cell, texts in zip(notebook.cells, by_cell(notebook)):
+        pictures = [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        kept = [folder / "figures" / f"{name}.png" for name in texts]
+        if len(pictures) == len(kept) == 1 and kept[0].exists():
+            file = kept[0].relative_to(folder.parent)
+            pictures[0].metadata["file"] = file.as_posix()
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(kept[0], out / file)
+
+
+def _without_styles(text: str) -> tuple[str, dict[str, str]]:
+    """A page that loads its large style sheets from the site's own files, and these by name; 0.3 MB a page else."""
+    files = {}
+
+    def share(found: re.Match) -> str:
+        if len(found[1]) < SHARED:
+            return found[0]
+        name = f"style-{hashlib.sha256(found[1].encode()).hexdigest()[:8]}.css"
+        files[name] = found[1]
+        return f'<link rel="stylesheet" href="../{name}">'
+
+    return re.sub(r"<style[^>]*>(.*?)</style>", share, text, flags=re.S), files
 
 
 def _without_script(text: str) -> tuple[str, str]:
@@ -145,7 +173,11 @@ def _write_model(folder: Path, out: Path) -> str:
     rows = []
     for path in _executed(folder):
         notebook = read_notebook(path)
+        link_pictures(notebook, folder / path.stem, out)
         whole, script = _without_script(page(notebook))
+        whole, styles = _without_styles(whole)
+        for name, sheet in styles.items():
+            write_text(out.parent / name, sheet)
         write_text(out / f"{path.stem}.html", whole)
         if script:
             write_text(out.parent / SCRIPT, script)

@@ -46,3 +46,15 @@ def test_most_figures_of_the_series_are_described_by_more_than_their_name():
     drawn = [text for path in PATHS for text in captions.captions(read_notebook(path)).values()]
     assert len(drawn) >= 3 * len(PATHS)
     assert all(any(kind in text for kind in captions.KINDS.values()) for text in drawn)
+
+
+def test_a_page_shows_the_kept_file_where_a_cell_shows_the_one_figure_that_it_keeps(tmp_path):
+    kept = tmp_path / "outputs/02_scores/figures/all_heads.png"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"as kept")
+    notebook = small()
+    site.link_pictures(notebook, kept.parents[1], tmp_path / "site")
+    page = site.page(notebook)
+    assert (tmp_path / "site/02_scores/figures/all_heads.png").read_bytes() == b"as kept"
+    assert 'src="02_scores/figures/all_heads.png"' in page.replace("\n", " ")
+    assert page.count('src="data:image/png;base64') == 1  # of the cell that keeps nothing
