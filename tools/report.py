@@ -157,7 +157,7 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     table = _atlas_table(outputs, found, layouts)
     write_atomically(outputs / "atlas.csv", lambda path: table.to_csv(path, index=False))
     figure = depth_figure(scores, layouts)
-    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
+    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, metadata={"Software": None}))
     lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
     lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
     lines += [f"- {_layout_text(name, layouts[name], results_of(s, SCORES))}" for name, s in found.items()]
