@@ -6,7 +6,7 @@ import platform
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -89,12 +89,14 @@ class Cluster:
             from distributed import Client
         except ImportError:
             raise ValueError("--scheduler needs Dask; type `pip install distributed`") from None
-        try:
-            client = await Client(self.address, asynchronous=True, timeout=SECONDS)
-        except (OSError, ValueError) as error:
-            reason = f"no Dask scheduler answers at {self.address} ({type(error).__name__})"
-            raise ValueError(f"{reason}; start one with `dask scheduler`, or leave out --scheduler") from None
-        async with client:
+        async with AsyncExitStack() as stack:
+            try:
+                client = Client(self.address, asynchronous=True, timeout=SECONDS)
+                stack.push_async_callback(client.close)
+                await client
+            except (OSError, ValueError) as error:
+                reason = f"no Dask scheduler answers at {self.address} ({type(error).__name__})"
+                raise ValueError(f"{reason}; start one with `dask scheduler`, or leave out --scheduler") from None
             yield client
 
 
