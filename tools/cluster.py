@@ -20,6 +20,10 @@ SECONDS = 10  # to wait for a scheduler's or a first worker's answer
 RETRIES = 2  # of a notebook whose kernel died; one whose worker died is given to another besides
 
 
+class SchedulerGone(Exception):
+    """The connection to the scheduler is lost, and with it all that was not yet done."""
+
+
 class Cluster:
     """The workers of one scheduler, which must all have this machine's versions and the same models."""
 
@@ -75,7 +79,7 @@ class Cluster:
                 try:
                     outcome, files = await future
                 except concurrent.futures.CancelledError:
-                    raise ConnectionError(f"the scheduler at {self.address} went away") from None
+                    raise SchedulerGone(f"the scheduler at {self.address} went away") from None
                 finally:
                     del listeners[key]
                 unpack(files, folder)

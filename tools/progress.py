@@ -15,6 +15,8 @@ class Progress:
 
     def begin(self, label: str, n_cells: int, last_s: float | None) -> None:
         """A notebook starts; `last_s` is how long its last run took, in seconds, where that is known."""
+        if again := self.bars.pop(label, None):  # the worker that had it has died
+            again.close()
         last = f", {tqdm.format_interval(last_s)} last time" if last_s is not None else ""
         form = "{desc}  cell {n_fmt} of {total_fmt}, {elapsed}" + last
         bar = self.bars[label] = tqdm(total=n_cells, desc=label, bar_format=form, leave=False, disable=None)

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from helpers.catalog import DEFAULT_MODEL, checkpoints, model_folder, resolve, slug
 from helpers.results import write_text
-from tools.cluster import Cluster
+from tools.cluster import Cluster, SchedulerGone
 from tools.convert import ensure
 from tools.freshness import WEIGHT_FILES, fingerprint, model_digest, sign, what_changed
 from tools.kernels import (
@@ -378,7 +378,7 @@ def run_on(machine: "ThisMachine | Cluster", jobs: list[Job]) -> dict[str, Outco
         except asyncio.CancelledError:
             text = f"{_how_far(outcomes, jobs)}; the earlier results of the others are untouched"
             raise KeyboardInterrupt(f"interrupted after {text}") from None
-        except ConnectionError as error:
+        except SchedulerGone as error:
             text = f"{_how_far(outcomes, jobs)}; those are kept, and the same command with --resume runs the rest"
             raise ValueError(f"{error} after {text}") from None
         finally:
@@ -476,7 +476,7 @@ async def _run_job(
         made_from = fingerprint(text, job.parameters, digest_of(job.model))
         outcome = await execute_there(text, {"model_name": job.model} | job.parameters, workplace, on_cell)
         _keep(job, outcome, made_from, workplace, staging)
-    except ConnectionError:  # to the scheduler: there is no use in going on
+    except SchedulerGone:  # there is no use in going on
         raise
     except Exception as failure:  # no kernel, a dead one, a full disk: the other notebooks still run
         outcome = replace(outcome, error=outcome.error or f"{type(failure).__name__}: {failure}")
