@@ -102,3 +102,35 @@ def test_the_measured_block_holds_what_the_outputs_hold(outputs):
     readme.write_readme(outputs, page)
     assert readme.split(page.read_text()) == ("# Title\n\n", block)
     assert page.read_text().endswith(f"{readme.END}\nrest\n")
+
+
+@pytest.fixture
+def many(tmp_path):
+    """One notebook at two checkpoints with three seeds each, and once without."""
+    for folder, shift in (("x", 0), *((f"x@step{n}~seed{seed}", n + seed) for n in (5, 40) for seed in (0, 1, 2))):
+        score = {"mean": 0.5 + shift, "low": 0.4 + shift, "high": 0.6 + shift, "n": 3}
+        results = {"score": score, "top": "L0H1", "pair": {"a": 1, "b": shift}, "heads": ["L1H1"], "same": shift % 2}
+        path = tmp_path / folder / "01_good/summary.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"notebook": "01_good", "results": results, "tables": []}))
+    return tmp_path
+
+
+def test_runs_along_training_and_over_seeds_stand_on_one_page(many, capsys):
+    assert main(["report", "--outputs", str(many)]) == 0
+    shown = capsys.readouterr().out
+    assert "runs.md" in shown and "atlas" not in shown  # no model has scores
+    table = pd.read_csv(many / "runs.csv")
+    assert len(table) == 7 * 6 and set(table.quantity) == {"score", "top", "pair: a", "pair: b", "heads", "same"}
+    page = (many / "runs.md").read_text().splitlines()
+    rows = [line for line in page if line.startswith("| step") or line.startswith("| final")]
+    assert [row.split(" | ")[0] for row in rows] == ["| step5", "| step40", "| final"]
+    assert "| 3 | 6.500 [5.500, 7.500] | L0H1 (3) |" in rows[0] and "| 1 | 0.500 [0.400, 0.600] | L0H1 |" in rows[2]
+
+
+def test_the_atlas_leaves_checkpoints_and_seeds_to_the_other_page(outputs):
+    for variant in ("induction-2l@step0", "induction-2l~seed3"):
+        shutil.copytree(outputs / "induction-2l", outputs / variant)
+    report.write_atlas(outputs)
+    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["induction-2l", "other"]
+    assert report.write_runs(outputs).exists()
