@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers.catalog import ModelUnavailable
 from helpers.results import VERSIONS_OF
-from tools.freshness import helpers_digest, model_digest
+from tools.freshness import model_digest, source_digest
 from tools.kernels import Outcome, execute, kernel_environment
 
 TOPIC = "induction-heads-cells"  # on which workers tell how far they are
@@ -113,7 +113,8 @@ _HOW_TO_START = "start each in a clone of this commit, with `dask worker tcp://H
 def state(models: list[str]) -> dict[str, dict[str, str]]:
     """What this process has: versions of libraries and helpers, digests of models, and why it lacks some."""
     versions = {name: version(name) for name in (*VERSIONS_OF, "distributed")}
-    versions |= {"python": ".".join(platform.python_version_tuple()[:2]), "helpers": helpers_digest()}
+    versions |= {"python": ".".join(platform.python_version_tuple()[:2])}
+    versions |= {"helpers": source_digest("helpers"), "tools": source_digest("tools")}
     digests, missing = {}, {}
     for model in models:
         try:
@@ -128,8 +129,8 @@ def complaint(worker: str, theirs: dict, ours: dict) -> str | None:
     for model, reason in theirs["missing"].items():
         return f"worker {worker} does not have the model {model}: {reason}"
     for name, number in ours["versions"].items():
-        if name == "helpers" and theirs["versions"][name] != number:
-            return f"worker {worker} has other helpers than this machine; check out the same commit there"
+        if name in ("helpers", "tools") and theirs["versions"][name] != number:
+            return f"worker {worker} has other {name} than this machine; check out the same commit there"
         if theirs["versions"][name] != number:
             there = theirs["versions"][name]
             return f"worker {worker} has {name} {there} and this machine {number}; install requirements.txt on both"

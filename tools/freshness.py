@@ -24,7 +24,7 @@ def fingerprint(text: str, parameters: dict, model_digest: str) -> dict[str, str
     defaults = {name: value for name, (value, _) in declared_parameters(notebook).items()}
     values = {name: v for name, v in (defaults | parameters).items() if name not in ("model_name", "output_dir")}
     cells = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
-    digests = {"notebook": _of_values(cells), "helpers": helpers_digest(), "parameters": _of_values(values)}
+    digests = {"notebook": _of_values(cells), "helpers": source_digest("helpers"), "parameters": _of_values(values)}
     return digests | {"model": model_digest}
 
 
@@ -45,9 +45,9 @@ def sign(made: Path, fingerprint: dict[str, str]) -> None:
         write_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
-def helpers_digest() -> str:
-    """The digest of the helpers' source."""
-    return _of_files((ROOT / "helpers").glob("*.py"))
+def source_digest(package: str) -> str:
+    """The digest of the source of `helpers` or `tools`."""
+    return _of_files((ROOT / package).glob("*.py"))
 
 
 @lru_cache

@@ -213,7 +213,7 @@ def test_outputs_are_out_of_date_when_what_made_them_changed(notebooks, tmp_path
     assert changed("induction-2l@step0") == ["model"] and changed("induction-1l") == ["model"]
     assert str(tmp_path) not in (tmp_path / "out/induction-2l/01_good/summary.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(freshness, "helpers_digest", lambda: "other")
+        patch.setattr(freshness, "source_digest", lambda package: "other")
         assert changed() == ["helpers"]
     write_notebook(notebooks, "01_good", good("01_good") + "\n1")
     assert changed() == ["notebook"]
