@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
+from tools.captions import describe
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -109,7 +111,7 @@ async def execute(
     failure = await _run_cells(notebook, folder, environment, on_cell)
     if failure is None:
         warnings = tidy(notebook)
-        return Outcome(warnings=warnings, executed=nbformat.writes(notebook) + "\n")
+        return Outcome(warnings=warnings, executed=nbformat.writes(describe(notebook)) + "\n")
     number, name, message = failure
     if name == "NotApplicable":  # of helpers.results
         return Outcome(not_applicable=message)
