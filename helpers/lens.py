@@ -1,7 +1,4 @@
-"""The residual stream taken as a prediction (the logit lens), and a logit taken apart (direct logit attribution).
-
-TransformerLens's `direct_logit_attribution` refuses norms that were not folded, and misses Gemma's after attention.
-"""
+"""The residual stream taken as a prediction (the logit lens), and a logit taken apart (direct logit attribution)."""
 
 from dataclasses import dataclass
 
@@ -107,7 +104,8 @@ def attribute(
 
     The scales of the final norm and of norms between a head and the stream are those of the
     run, so that every part is linear in what it writes and all sum to the difference.
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". (TransformerLens's own
+    refuses norms that were not folded, and misses Gemma's after attention.)
 
     Raises:
         ValueError: the model caps its logits, or its parts do not sum to them.
