@@ -1,20 +1,16 @@
 """Diagrams: boxes and arrows, the induction circuit that every notebook opens with, and circuits as measured."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.plots import PALETTE, subplots
 
-COLOURS = dict(zip("QKV", PALETTE))
-
 
 def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     """Heads from left to right by layer; an arrow for each edge, as wide as its effect, in the colour of Q, K or V.
 
-    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats, each on its own line.
+    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats.
     """
     ends = edges.sort_values(["receiver", "effect_nats"], ascending=[True, False], ignore_index=True)
     ends["y"] = -ends.index - 0.6 * ends.groupby("receiver").ngroup()
@@ -22,17 +18,19 @@ def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     senders = ends.loc[~ends["sender"].isin([*heights])].groupby("sender")["y"].mean().sort_values().index
     heights |= dict(zip(senders, np.linspace(ends["y"].min(), ends["y"].max(), len(senders) + 2)[1:-1]))
     layer = {name: int(name[1:].split("H")[0]) for name in heights}
-    column = {number: 2 * x for x, number in enumerate(sorted(set(layer.values())))}
-    figure, axis = subplots(figsize=(min(3.5 + 1.8 * len(column), 13), 1.2 + 0.4 * len(ends)))
+    place = {name: (2 * sorted({*layer.values()}).index(layer[name]), y) for name, y in heights.items()}
+    width = max(x for x, _ in place.values())
+    figure, axis = subplots(figsize=(min(5.3 + 0.9 * width, 13), 1.2 + 0.4 * len(ends)))
     for edge in ends.itertuples():
-        x, start, colour = column[layer[edge.receiver]], column[layer[edge.sender]], COLOURS[edge.through]
-        width = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max()
-        _arrow(axis, (start, heights[edge.sender]), (x - 0.85, edge.y), colour, width, gap=0)
-        axis.plot([x - 0.5, x], [edge.y, heights[edge.receiver]], color="0.8", lw=0.8, zorder=0)
+        (x, y), colour = place[edge.receiver], PALETTE["QKV".index(edge.through)]
+        size = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max()
+        arrow = {"arrowstyle": "-|>", "color": colour, "lw": size, "shrinkB": 0}
+        axis.annotate("", (x - 0.85, edge.y), place[edge.sender], arrowprops=arrow)
+        axis.plot([x - 0.5, x], [edge.y, y], color="0.8", lw=0.8, zorder=0)
         _text(axis, f"{edge.through} {edge.effect_nats:.2f}", (x - 0.82, edge.y), size=9, color=colour)
-    for name, height in heights.items():
-        _box(axis, name, (column[layer[name]], height))
-    axis.set(title=title, xlim=(-0.5, max(column.values()) + 0.5), ylim=(ends["y"].min() - 0.8, 0.8))
+    for name in place:
+        _box(axis, name, place[name])
+    axis.set(title=title, xlim=(-0.5, width + 0.5), ylim=(ends["y"].min() - 0.8, 0.8))
     return figure
 
 
@@ -43,10 +41,6 @@ def _text(axis, text, place, **style):
 
 def _box(axis, text, place, colour="0.4", width=1.0):
     _text(axis, text, place, size=10, ha="center", bbox={"boxstyle": "round", "fc": "white", "ec": colour, "lw": width})
-
-
-def _arrow(axis, start, end, colour, width, gap=22):
-    axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, lw=width, shrinkA=8, shrinkB=gap))
 
 
 # The induction circuit: what belongs to a part, as (key, text, x, y), and (from, to, text, part).
@@ -67,11 +61,8 @@ CIRCUIT_EDGES = [
 ]
 
 
-def circuit_diagram(highlight: str | Sequence[str] = ()) -> Figure:
-    """The induction circuit on A B … A -> B, with the parts that a notebook is about in colour.
-
-    Raises ValueError where a part is not one of CIRCUIT_NODES or "K-composition".
-    """
+def circuit_diagram(highlight: str | tuple[str, ...] = ()) -> Figure:
+    """The induction circuit on A B … A -> B, with parts (of CIRCUIT_NODES, or "K-composition") in colour."""
     chosen = {highlight} if isinstance(highlight, str) else set(highlight)
     if unknown := chosen - {*CIRCUIT_NODES, "K-composition"}:
         raise ValueError(f"{', '.join(sorted(unknown))} is no part of the circuit; see CIRCUIT_NODES in diagrams.py")
@@ -79,7 +70,8 @@ def circuit_diagram(highlight: str | Sequence[str] = ()) -> Figure:
     places = {key: np.array(place) for part in CIRCUIT_NODES.values() for key, _, *place in part}
     for source, target, text, part in CIRCUIT_EDGES:
         colour, width = (PALETTE[3], 2.8) if part in chosen else ("0.55", 1.2)
-        _arrow(axis, places[source], places[target], colour, width)
+        arrow = {"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 8, "shrinkB": 22}
+        axis.annotate("", places[target], places[source], arrowprops=arrow)
         _text(axis, text, 0.58 * places[source] + 0.42 * places[target], size=8.5, color=colour, ha="center")
     for part, nodes in CIRCUIT_NODES.items():
         for key, text, *_ in nodes:

@@ -56,17 +56,15 @@ def ablate_together(
 
 
 def check_ablation(how: str, tokens: Tokens) -> None:
-    """Refuse, by a ValueError, a kind of ablation that there is not, or that has no other prompt to take from."""
+    """Refuse a kind of ablation that there is not, or that has no other prompt to take from."""
     if how not in ABLATIONS:
         raise ValueError(f"unknown ablation {how!r}; known: {', '.join(ABLATIONS)}")
     if how in ("mean", "resample") and len(tokens) == 1:
         raise ValueError(f"{how} ablation takes other prompts of the batch, and there is only 1")
 
 
-def replacement(
-    z: Float[Tensor, "prompt pos head d_head"], how: str, seed: int
-) -> Float[Tensor, "#prompt pos head d_head"]:
-    """What an ablation puts in the place of z."""
+def replacement(z: Float[Tensor, "prompt pos head d_head"], how: str, seed: int) -> Float[Tensor, "... d_head"]:
+    """What an ablation puts in the place of z: the same for all prompts, or one for each."""
     if how == "mean":
         return z.mean(0, keepdim=True)
     if how == "resample":

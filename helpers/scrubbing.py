@@ -1,37 +1,70 @@
-"""Causal scrubbing of two-layer attention-only models: the evaluator of `helpers.hypotheses`.
+"""Causal scrubbing of two-layer attention-only models: a language of hypotheses, and their evaluator.
 
-Only the inputs of the induction heads are built as a hypothesis says; everything else runs on x.
+A hypothesis says from which datum, x or another one x', each part of the inputs of the induction heads is computed:
+the embedding and, for every layer-0 head, a pattern and the values it weighs. Everything else runs on x.
 Source: Lawrence Chan and others 2022, "Causal scrubbing: results on induction heads".
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers.hypotheses import OTHER, RESAMPLED, UNSCRUBBED, Hypothesis, Input, Rule, X
+from helpers.metrics import recovery
 from helpers.prompts import Prompts, derangement
 from helpers.shortformer import ShortformerModel
-from helpers.stats import bootstrap_weights, progress
 
 Roles = dict[str, tuple[int, ...]]  # named groups of layer-0 heads
 Kinds = dict[str, Int[Tensor, "d_vocab"]]  # the kind of each token, under a name that rules use
 Rows = dict[str, Int[Tensor, "text pos"]]  # for every datum a rule may name: which text of the pool stands for it
+X, OTHER = "x", "x'"
 
 
-@dataclass(frozen=True)
-class Scrubbed:
+class Rule(NamedTuple):
+    """How one layer-0 head is fed: a pattern, and the values that it weighs, each from "x" or "x'".
+
+    The pattern may also name a kind of token: a query takes it from a text with the same kind there. `from_x` lists
+    offsets back from the query at which values come from x all the same. With `identity` the value at offset 0 has
+    weight 1: an identity on x, and the head's error on the other datum.
+    """
+
+    pattern: str = OTHER
+    values: str = OTHER
+    from_x: tuple[int, ...] = ()
+    identity: bool = False
+
+
+class Input(NamedTuple):
+    """One input of the induction heads: its embedding, a rule for most heads, and rules for named groups of heads."""
+
+    embedding: str
+    rest: Rule
+    roles: tuple[tuple[str, Rule], ...] = ()
+
+
+class Hypothesis(NamedTuple):
+    """What the V, Q and K inputs of the induction heads are said to depend on."""
+
+    name: str
+    v: Input
+    q: Input
+    k: Input
+
+
+WHOLE, SCRUBBED = Rule(X, X), Rule()
+UNSCRUBBED, RESAMPLED = Input(X, WHOLE), Input(OTHER, SCRUBBED)
+
+
+class Scrubbed(NamedTuple):
     """Losses in nats on the answers; `runs` names what was scrubbed, as (hypothesis, "v", "q", "k" or "all").
 
-    `silent_loss` is that of the model whose induction heads give nothing at the last position.
-    `closeness[hypothesis, kind]` is how near to x a hypothesis leaves an input, between x' (0) and
-    x (1): 1 - |built - input on x|^2 / |input on x' - input on x|^2, summed over texts.
+    `silent_loss`: the induction heads give nothing at the last position. `kept`: of the squared distance
+    between an input (v, q or k) on x and on x', summed over texts, the share that a hypothesis keeps.
     """
 
     runs: list[tuple[str, str]]
@@ -39,129 +72,89 @@ class Scrubbed:
     silent_loss: Float[Tensor, "text"]
     resampled_loss: Float[Tensor, "pairing text"]
     scrubbed_loss: Float[Tensor, "pairing run text"]
-    closeness: dict[tuple[str, str], float]
+    kept: Float[Tensor, "hypothesis input"]
+
+    def recovered(self, from_silence: bool = True) -> Float[Tensor, "text run"]:
+        """Loss recovered as in `metrics.recovery`: 1 is the model, 0 silence, or resampled heads as in the post."""
+        worst = self.silent_loss if from_silence else self.resampled_loss.mean(0)
+        return recovery(worst[:, None] - self.scrubbed_loss.mean(0).T, worst - self.model_loss)
 
 
 def why_not(model: TransformerBridge) -> str:
     """Why the two-layer rewrite does not hold for a model; empty where it does."""
-    cfg, reasons = model.cfg, []
-    if cfg.n_layers != 2:
-        reasons.append(f"{cfg.n_layers} layer(s)")
-    if not cfg.attn_only:
-        reasons.append("MLPs")
-    if cfg.positional_embedding_type != "standard":
-        reasons.append(f"{cfg.positional_embedding_type} positions")
-    return f"{cfg.model_name} has {' and '.join(reasons)}" if reasons else ""
+    cfg, positions = model.cfg, model.cfg.positional_embedding_type
+    if cfg.n_layers == 2 and cfg.attn_only and positions == "standard":
+        return ""
+    found = f"{cfg.n_layers} layer(s){'' if cfg.attn_only else ' with MLPs'} and {positions} positions"
+    return f"{cfg.model_name} has {found}; the rewrite is for two layers of attention with positions of their own"
 
 
+@torch.inference_mode()
 def scrub(
-    model: TransformerBridge,
-    prompts: Prompts,
-    hypotheses: Sequence[Hypothesis],
-    induction: Sequence[int],
-    roles: Roles,
-    kinds: Kinds | None = None,
-    n_pairings: int = 3,
-    seed: int = 0,
-    pool_size: int = 64,
-    independent: bool = False,
-) -> Scrubbed:
-    """Run every hypothesis for the V, Q and K inputs of the `induction` heads alone, and together.
+    model: TransformerBridge, prompts: Prompts, hypotheses: Sequence[Hypothesis], induction: Sequence[int],
+    roles: Roles, kinds: Kinds | None = None, n_pairings: int = 3, seed: int = 0, pool_size: int = 64,
+) -> Scrubbed:  # fmt: skip
+    """Run every hypothesis for the V, Q and K inputs of the `induction` heads of layer 1 alone, and together.
 
-    A text's x' is another text of its pool, the same for all hypotheses of a pairing; with
-    `independent`, V, Q and K each draw their own.
-
-    Raises:
-        ValueError: the model is not one of two attention layers, or there are fewer than 2 texts.
+    x' is another text of the pool, one for all hypotheses and inputs of a pairing. Raises ValueError where `why_not`
+    gives a reason, or there is only 1 text.
     """
-    if reason := why_not(model):
-        raise ValueError(f"{reason}; the rewrite holds for two layers of attention alone")
-    if len(prompts.tokens) < 2:
-        raise ValueError(f"{len(prompts.tokens)} text has no other to be paired with")
+    if reason := why_not(model) or ("1 text has no other to be paired with" if len(prompts.tokens) < 2 else ""):
+        raise ValueError(reason)
     pools, results = prompts.tokens.tensor_split(-(-len(prompts.tokens) // pool_size)), []
-    with torch.inference_mode():
-        for index, tokens in enumerate(progress(pools, "scrubbing")):
-            pool = TextPool(model, tokens[:, :-1], induction, roles)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            draws = [draw_rows(tokens[:, :-1], kinds or {}, independent, generator) for _ in range(n_pairings)]
-            results.append([_losses(pool, tokens[:, -1], hypotheses, rows) for rows in draws])
-    model_loss, silent, resampled, scrubbed, distance = (
-        torch.stack([torch.cat([pool[i][part] for pool in results], -1) for i in range(n_pairings)]).cpu()
-        for part in range(5)
-    )
+    for index, tokens in enumerate(pools):
+        pool = TextPool(model, tokens[:, :-1], induction, roles)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        draws = (draw_rows(tokens[:, :-1], kinds or {}, generator) for _ in range(n_pairings))
+        pairings = [_losses(pool, tokens[:, -1], hypotheses, rows) for rows in draws]
+        results.append([torch.stack(losses).cpu() for losses in zip(*pairings)])
+    model_loss, silent, resampled, scrubbed, distance = (torch.cat(parts, -1) for parts in zip(*results))
     moved, full = distance.double().sum((0, 3)).unbind(-1)
-    inputs = [(h.name, kind) for h in hypotheses for kind in "vqk"]
-    runs = [(h.name, kind) for h in hypotheses for kind in ("v", "q", "k", "all")]
-    closeness = dict(zip(inputs, (1 - moved / full).tolist()))
-    return Scrubbed(runs, model_loss[0], silent[0], resampled, scrubbed, closeness)
+    runs = [(h.name, part) for h in hypotheses for part in ("v", "q", "k", "all")]
+    return Scrubbed(runs, model_loss[0], silent[0], resampled, scrubbed, (1 - moved / full).view(-1, 3))
 
 
-def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, independent: bool, generator) -> dict[str, Rows]:
-    """For each of V, Q and K, the texts that "x", "x'" and kinds of token stand for, by text and position."""
-    drawn: dict[str, Rows] = {}
-    for kind in "vqk":
-        if independent or not drawn:
-            texts = torch.arange(len(tokens)), derangement(len(tokens), generator)
-            rows = {name: row.to(tokens.device)[:, None].expand_as(tokens) for name, row in zip((X, OTHER), texts)}
-            rows |= {name: alike(of.to(tokens.device)[tokens], rows[OTHER], generator) for name, of in kinds.items()}
-        drawn[kind] = rows
-    return drawn
-
-
-def alike(kind: Int[Tensor, "text pos"], otherwise: Int[Tensor, "text pos"], generator) -> Int[Tensor, "text pos"]:
-    """At every position another text whose kind there is the same; `otherwise` where there is none."""
-    order = torch.rand(len(kind), *kind.shape, generator=generator).to(kind.device)
-    same = (kind[:, None] == kind[None]) & ~torch.eye(len(kind), dtype=torch.bool, device=kind.device)[..., None]
-    best, row = (order * same).max(1)
-    return torch.where(best > 0, row, otherwise)
+def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, generator: torch.Generator) -> Rows:
+    """The texts that "x", "x'" and kinds of token (another with the same kind there, or x') stand for."""
+    texts = {X: torch.arange(len(tokens)), OTHER: derangement(len(tokens), generator)}
+    rows = {name: row.to(tokens.device)[:, None].expand_as(tokens) for name, row in texts.items()}
+    others = ~torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)[..., None]
+    for name, kind in kinds.items():
+        of = kind.to(tokens.device)[tokens]
+        order = torch.rand(len(tokens), *tokens.shape, generator=generator).to(tokens.device)
+        best, row = (order * (of[:, None] == of[None]) * others).max(1)
+        rows[name] = torch.where(best > 0, row, rows[OTHER])
+    return rows
 
 
 class TextPool:
-    """What a model computes on a pool of texts, done once; the inputs of its induction heads are built from it."""
+    """What a model computes on a pool of texts, from which the inputs of its induction heads are built."""
 
-    def __init__(
-        self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction: Sequence[int], roles: Roles
-    ):
+    def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction, roles: Roles):
         self.model, self.induction, self.roles = model, list(induction), roles
-        names = [f"blocks.0.{name}" for name in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z")]
+        names = [f"blocks.0.{name}" for name in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v")]
         names += ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.hook_resid_post"]
-        # A few texts at a time, and the unembedding at one position: attention and logits are the largest tensors.
-        with model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: x[:, -1:])]):
-            caches = [model.run_with_cache(part, names_filter=names)[1] for part in tokens.split(16)]
-        self.embedding, pattern, self.v, self.z, self.on_x, z, final = (
-            torch.cat([cache[name] for cache in caches]) for name in names
-        )
-        self.pattern = pattern.transpose(1, 2)  # [text, query, head, key]
+        # A few texts at a time, without logits: these and attention are the largest tensors.
+        runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=2)[1] for part in tokens.split(16)]
+        self.embedding, self.pattern, self.v, self.on_x, z, final = (torch.cat([c[n] for c in runs]) for n in names)
         self.z_induction, self.final = z[:, -1, self.induction], final[:, -1]
 
-    def residual(self, built: Input, rows: Rows) -> Float[Tensor, "text pos d_model"]:
-        """The residual stream before layer 1 that an input is projected from."""
+    def residual(self, built: Input, rows: Rows, output: Callable) -> Float[Tensor, "text pos d_model"]:
+        """The residual stream before layer 1 that an input is projected from; `output(rule, head)` is `head_output`."""
         named = {head: rule for role, rule in built.roles for head in self.roles[role]}
-        rules = [named.get(head, built.rest) for head in range(self.model.cfg.n_heads)]
-        z = torch.empty_like(self.z)
-        for rule in set(rules):
-            heads = [head for head, its in enumerate(rules) if its == rule]
-            # Indexing by a list copies, which all heads together need not.
-            heads = slice(None) if len(heads) == len(rules) else heads
-            z[:, :, heads] = self.head_outputs(rule, heads, rows)
-        out = z.flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
-        return out + _pick(self.embedding, rows[built.embedding])
+        z = torch.cat([output(named.get(head, built.rest), head) for head in range(self.model.cfg.n_heads)], -1)
+        return _pick(self.embedding, rows[built.embedding]) + z @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
 
-    def head_outputs(self, rule: Rule, heads: list[int] | slice, rows: Rows) -> Float[Tensor, "text pos head d_head"]:
-        """z of layer-0 heads under a rule."""
-        pattern_row, v = rows[rule.pattern], self.v[:, :, heads]
-        v_other = _pick(v, rows[rule.values])
-        if rule.pattern == rule.values:
-            z = _pick(self.z[:, :, heads], pattern_row)
-        else:
-            z = torch.einsum("bqhk,bkhd->bqhd", _pick(self.pattern[:, :, heads], pattern_row), v_other)
-        gap = v - v_other
-        for offset in rule.from_x if rule.values == OTHER else ():
+    def head_output(self, rows: Rows, rule: Rule, head: int) -> Float[Tensor, "text pos d_head"]:
+        """z of one layer-0 head under a rule."""
+        pattern, v = _pick(self.pattern[:, head], rows[rule.pattern]), self.v[:, :, head]
+        other = _pick(v, rows[rule.values])
+        z = pattern @ other
+        for offset in rule.from_x:
             n = z.shape[1] - offset
-            weight = self.pattern.diagonal(-offset, 1, 3)[:, heads].mT  # [text, query from offset, head]
-            weight = _pick(weight, pattern_row[:, offset:])[..., None]
+            weight = pattern.diagonal(-offset, 1, 2)[..., None]  # [text, query from offset, 1]
             weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
-            z[:, offset:].addcmul_(weight, gap[:, :n])
+            z[:, offset:].addcmul_(weight, v[:, :n] - other[:, :n])
         return z
 
     def project(self, kind: str, residual: Float[Tensor, "text pos d_model"]) -> Float[Tensor, "text pos head d_head"]:
@@ -184,51 +177,23 @@ def _pick(tensor: Tensor, row: Int[Tensor, "text pos"]):
     return tensor[row, torch.arange(row.shape[1], device=row.device)]
 
 
-def _losses(pool: TextPool, answers, hypotheses, rows: dict[str, Rows]) -> tuple[Tensor, ...]:
+def _losses(pool: TextPool, answers, hypotheses, rows: Rows) -> tuple[Tensor, ...]:
     """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text]."""
-    made: dict = {}
+    output = cache(partial(pool.head_output, rows))
 
+    @cache
     def projected(kind: str, built: Input) -> tuple[Tensor, Tensor]:
         at = slice(-1, None) if kind == "q" else slice(None)  # queries matter at the last position only
-        stream = id(rows[kind]), built  # V, Q and K mostly share their draw, and then their streams
-        if stream not in made:
-            made[stream] = pool.residual(built, rows[kind])
-        if (kind, built) not in made:
-            residual = made[stream]
-            distance = (residual - pool.on_x)[:, at].square().sum((1, 2))
-            made[kind, built] = pool.project(kind, residual)[:, at], distance
-        return made[kind, built]
+        residual = pool.residual(built, rows, output)
+        return pool.project(kind, residual)[:, at], (residual - pool.on_x)[:, at].square().sum((1, 2))
 
     def loss(**inputs: Input) -> Tensor:
-        q, k, v = (projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv")
-        scores = torch.einsum("bqhd,bkhd->bhk", q, k) / math.sqrt(q.shape[-1])
-        return pool.loss(torch.einsum("bhk,bkhd->bhd", scores.softmax(-1), v), answers)
+        q, k, v = (projected(kind, inputs.get(kind, UNSCRUBBED))[0].transpose(1, 2) for kind in "qkv")
+        return pool.loss(F.scaled_dot_product_attention(q, k, v)[:, :, 0], answers)
 
-    runs, distances = [], []
-    for hypothesis in hypotheses:
-        inputs = {kind: getattr(hypothesis, kind) for kind in "vqk"}
-        runs += [loss(**{kind: built}) for kind, built in inputs.items()] + [loss(**inputs)]
-        distances += [torch.stack([projected(k, i)[1] for i in (b, RESAMPLED)]) for k, b in inputs.items()]
-    silent = pool.loss(torch.zeros_like(pool.z_induction), answers)
-    return loss(), silent, loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED), torch.stack(runs), torch.stack(distances)
-
-
-def recovery_draws(
-    result: Scrubbed, n_resamples: int = 1000, seed: int = 0, from_silence: bool = False
-) -> Float[np.ndarray, "draw run"]:
-    """Loss recovered, (resampled - scrubbed) / (resampled - model): the estimate, then bootstrap draws.
-
-    Texts and pairings are both drawn with replacement, the same for all runs, so that differences
-    between runs can be taken draw by draw; see `stats.estimate_of_draws`. `from_silence` puts the
-    scale's zero at the silenced induction heads instead of the resampled ones.
-    """
-    rng = np.random.default_rng(seed)
-    n_pairings, n_texts = result.resampled_loss.shape
-    texts, pairings = (
-        np.concatenate([np.full((1, n), 1 / n), bootstrap_weights(n, n_resamples, rng)]) for n in (n_texts, n_pairings)
-    )
-    losses = torch.cat([result.scrubbed_loss, result.resampled_loss[:, None]], dim=1).double().numpy()
-    means = np.einsum("rp,pcr->rc", pairings, losses @ texts.T)
-    model, silent = (texts @ loss.double().numpy()[:, None] for loss in (result.model_loss, result.silent_loss))
-    scrubbed, worst = means[:, :-1], silent if from_silence else means[:, -1:]
-    return (worst - scrubbed) / (worst - model)
+    inputs = [{kind: getattr(hypothesis, kind) for kind in "vqk"} for hypothesis in hypotheses]
+    runs = [loss(**part) for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
+    pairs = [(kind, built) for all_three in inputs for kind, built in all_three.items()]
+    distances = [torch.stack([projected(kind, i)[1] for i in (built, RESAMPLED)]) for kind, built in pairs]
+    ends = loss(), pool.loss(torch.zeros_like(pool.z_induction), answers), loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)
+    return *ends, torch.stack(runs), torch.stack(distances)

@@ -17,7 +17,6 @@ from examination import PATHS
 from safetensors.torch import save_file
 
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, slug
-from helpers.nanogpt import shipped_tokenizer
 from tools import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,9 +140,9 @@ TRAINING = next(path for path in PATHS if "training" in path.stem)
 @pytest.mark.parametrize("path", [TRAINING], indirect=True, ids=[TRAINING.stem])
 def test_the_live_run_finds_induction_in_two_layers_and_in_no_one_layer_model(executed, path):
     folder, _ = executed(path)
-    live = json.loads((folder / path.stem / "summary.json").read_text())["results"]
-    assert live["live_two_layers_induction"]["n"] == 3
-    assert min(live["live_two_layers_each"]) >= 0.7 and max(live["live_one_layer_each"]) < 0.1
+    results = json.loads((folder / path.stem / "summary.json").read_text())["results"]
+    two, one = (results[f"live_induction_at_the_end: {layers}"] for layers in ("two layers", "one layer"))
+    assert two["n"] == 8 and two["low"] >= 0.6 and one["high"] < 0.25
 
 
 def redwoods_layout(folder: Path) -> Path:
@@ -156,27 +155,12 @@ def redwoods_layout(folder: Path) -> Path:
     return folder
 
 
-def deeper_model(folder: Path) -> Path:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = dict(vocab_size=1024, n_embd=32, n_layer=3, n_head=4, n_positions=512, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
-    shipped_tokenizer(tokenizer_file=str(WEIGHTS_FOLDER / DEFAULT_MODEL / "tokenizer.json")).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
-def test_scrubbing_runs_on_redwoods_layout_and_in_its_general_form_on_a_deeper_model(tmp_path):
-    models = [str(redwoods_layout(tmp_path / "redwood")), str(deeper_model(tmp_path / "deeper"))]
-    small = {"n_texts": "48", "n_few": "24", "n_corpus": "60"}
-    errors = run.run(run.plan(models, run.find_notebooks(["06"]), tmp_path / "out", small), n_parallel=2)
-    assert not errors
-    redwood, deeper = (tmp_path / "out" / slug(name) for name in models)
-    deeper = (deeper / "06_causal_scrubbing.ipynb").read_text()
-    assert "has 3 layer(s) and MLPs, and the two-layer table holds" in deeper
-    redwood = redwood / "06_causal_scrubbing"
-    assert len((redwood / "scrubbing.csv").read_text().splitlines()) > 6 * 4
-    assert "90 / 51 / 79 / 35" in (redwood / "table_beside_the_post.csv").read_text()
+def test_scrubbing_runs_on_redwoods_layout(tmp_path):
+    model, small = str(redwoods_layout(tmp_path / "redwood")), {"n_texts": "48", "n_chosen": "24", "n_corpus": "60"}
+    assert not run.run(run.plan([model], run.find_notebooks(["07_causal_scrubbing"]), tmp_path / "out", small))
+    redwood = tmp_path / "out" / slug(model) / "07_causal_scrubbing"
+    assert "90 / 51 / 79 / 35" in (redwood / "scrubbing_percent.csv").read_text()
 
 
 @pytest.mark.parametrize("model", ["induction-2l", "smollm2-135m", "gemma3-270m"])

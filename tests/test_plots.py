@@ -109,3 +109,16 @@ def test_lengths_that_do_not_match_are_refused():
         views.tokens(list("abc"), torch.rand(3, 3), ["x", "y"])
     with pytest.raises(ValueError, match="2 values for 3 tokens"):
         plots.token_strip(list("abc"), torch.rand(2), "loss (nats)")
+
+
+def test_a_circuit_goes_from_left_to_right_and_no_label_lies_over_another():
+    edges = [(f"L{i % 4}H{i % 3}", f"L{5 + i % 2}H1", "QKV"[i % 3], 1 / (i + 1)) for i in range(14)]
+    table = pd.DataFrame(edges, columns=["sender", "receiver", "through", "effect_nats"])
+    figure = saved(diagrams.circuit(table, "title"))
+    texts = [text for text in figure.axes[0].texts if text.get_text()]
+    boxes = [Text.get_window_extent(text) for text in texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    place = {text.get_text(): text.xy[0] for text in texts}
+    assert place["L0H0"] < place["L1H1"] < place["L5H1"] < place["L6H1"]
+    widths = {round(text.arrow_patch.get_linewidth(), 3) for text in figure.axes[0].texts if text.arrow_patch}
+    assert len(widths) == 14

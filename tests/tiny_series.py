@@ -51,6 +51,11 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
+def relative(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path within, for two folders to be compared."""
+    return {path.relative_to(folder).as_posix(): content for path, content in contents(folder).items()}
+
+
 def at_work_in(folder: Path) -> list[str]:
     """Processes whose working folder lies in `folder`, where the system tells."""
     places = []

@@ -75,25 +75,40 @@ def parts_with_head_scaled(layer, head, factor):
     return lens.attribute(model, few, answers[:8], against=few[:, length])
 ''', "factor of zero"),
     ],
-    "06_causal_scrubbing": [
-        ("my_recovered", '''
-def my_recovered(model_loss, resampled_loss, scrubbed_loss):
-    return (scrubbed_loss - model_loss) / (resampled_loss - model_loss)
-''', "must recover 1"),
-        ("partners", '''
-def partners(n, generator):
-    return torch.randperm(n, generator=generator)
-''', "paired with itself"),
-        ("everything_by_offsets", '''
-def everything_by_offsets(n_positions):
-    return Input(X, Rule(X, from_x=(0, 1)))
-''', "every offset"),
+    "06_path_analysis": [
+        ("outside", '''
+def outside(kept):
+    return [head for head in everyone if head[0] > 0 and head not in kept]
+''', "whatever its layer"),
+        ("estimate", '''
+def estimate(z, new, slope):
+    return ((z - new) * slope).sum((1, 3))
+''', "new minus z"),
+        ("smaller", '''
+def smaller():
+    return circuit
+''', "not smaller"),
+    ],
+    "07_causal_scrubbing": [
+        ("silent_loss", '''
+def silent_loss(tokens, answers, heads):
+    def even(q, hook):
+        q = q.clone()
+        q[:, :, list(heads)] = 0
+        return q
+    logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_q", even)])[:, -1]
+    return torch.nn.functional.cross_entropy(logits, answers, reduction="none")
+''', "is z zero"),
+        ("flattering", '''
+def flattering():
+    return Hypothesis("all", UNSCRUBBED, UNSCRUBBED, UNSCRUBBED)
+''', "no hypothesis"),
         ("my_attempt", '''
 def my_attempt():
-    return layer_0_roles, permissive
+    return roles, Hypothesis("attempt", UNSCRUBBED, UNSCRUBBED, Input(OTHER, WHOLE))
 ''', "claims less"),
     ],
-    "07_circuit_weights": [
+    "08_circuit_weights": [
         ("small_eigenvalues", '''
 def small_eigenvalues(A, B):
     return torch.linalg.eigvals(A @ B)
@@ -102,14 +117,6 @@ def small_eigenvalues(A, B):
 def random_overlap(S, T, d, generator):
     return (S * T).norm() / S.norm() / T.norm()
 ''', "1/d"),
-        ("split", '''
-def split(product, k):
-    return circuits.directions_kept(product, slice(k)), circuits.directions_kept(product, slice(k - 1, None))
-''', "overlap"),
-        ("written", '''
-def written(product, vectors):
-    return vectors @ product.AB.T
-''', "W_V before W_O"),
     ],
     "09_training_dynamics": [
         ("steepest", '''

@@ -14,7 +14,7 @@ _SITES = r"(?:github\.com|colab\.research\.google\.com/github)/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", nargs="?", metavar="OWNER/NAME", help="of the repository on GitHub; shows it if absent")
+    parser.add_argument("address", nargs="?", metavar="OWNER/NAME", help="on GitHub; without it, shows the present one")
 
 
 def main(arguments: argparse.Namespace) -> int:

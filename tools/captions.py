@@ -22,12 +22,12 @@ KINDS = {
 
 def captions(notebook: NotebookNode) -> dict[str, str]:
     """What every figure shows that the notebook keeps, by the figure's name."""
-    return {name: text for texts in _by_cell(notebook) for name, text in texts.items()}
+    return {name: text for texts in by_cell(notebook) for name, text in texts.items()}
 
 
 def describe(notebook: NotebookNode) -> NotebookNode:
     """Give every stored picture of an executed notebook its alternative text; the notebook itself is changed."""
-    for cell, texts in zip(notebook.cells, _by_cell(notebook)):
+    for cell, texts in zip(notebook.cells, by_cell(notebook)):
         text = " / ".join(texts.values()) or f"Figure of {texts.heading}"
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
@@ -41,43 +41,45 @@ class _Texts(dict):
     heading = ""
 
 
-def _by_cell(notebook: NotebookNode) -> list[_Texts]:
+def by_cell(notebook: NotebookNode) -> list[_Texts]:
+    """The captions of the figures that each cell keeps, by the figure's name."""
     found, heading = [], "the notebook"
     for cell in notebook.cells:
         texts = _Texts()
         if cell.cell_type == "markdown":
             heading = (re.findall(r"^#+ (.+)$", cell.source, flags=re.M) or [heading])[-1]
         else:
-            texts |= {name: f"{_words(name)}: {shown}. Section: {heading}" for name, shown in _kept(cell.source).items()}
+            for name, shown in _kept(cell.source).items():
+                texts[name] = f"{name.replace('_', ' ').capitalize()}: {shown}. Section: {heading}"
         texts.heading = heading
         found.append(texts)
     return found
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize()
-
-
 def _kept(source: str) -> dict[str, str]:
-    """What is drawn for each name that a cell keeps."""
+    """What is drawn for each figure that a cell keeps, there and then or after giving it a name."""
     try:
-        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        tree = ast.parse(source)
     except SyntaxError:  # a cell with a command of IPython
         return {}
-    everywhere = [drawn for call in calls for drawn in _drawn(call)]
-    kept = {}
-    for call in calls:
-        match call:
+    named, kept = {}, {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=variable)], value=value):
+                named[variable] = _drawn(value)
             case ast.Call(func=ast.Attribute(attr="keep"), args=[ast.Constant(value=str(name)), value, *_]):
-                inside = [drawn for node in ast.walk(value) if isinstance(node, ast.Call) for drawn in _drawn(node)]
-                if inside or (everywhere and isinstance(value, ast.Name)):
-                    kept[name] = "; ".join(inside or everywhere)
-    return kept
+                kept[name] = value
+    shown = {name: _drawn(value) or named.get(getattr(value, "id", None)) for name, value in kept.items()}
+    return {name: "; ".join(kinds) for name, kinds in shown.items() if kinds}
 
 
-def _drawn(call: ast.Call) -> list[str]:
-    """The kind of figure that a call draws, with its labels; nothing if it draws none."""
-    kind = KINDS.get(call.func.attr) if isinstance(call.func, ast.Attribute) else None
+def _drawn(expression: ast.AST) -> list[str]:
+    """The kind of every figure that an expression draws, with its labels."""
+    calls = [node for node in ast.walk(expression) if isinstance(node, ast.Call)]
+    return [_kind(call) for call in calls if getattr(call.func, "attr", None) in KINDS]
+
+
+def _kind(call: ast.Call) -> str:
     texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
     labels = [text for text in texts if isinstance(text, str) and text]
-    return [f"{kind} ({', '.join(labels)})" if labels else kind] if kind else []
+    return KINDS[call.func.attr] + (f" ({', '.join(labels)})" if labels else "")

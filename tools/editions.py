@@ -137,4 +137,5 @@ def instructors_page(folder: Path, notebooks: dict[str, NotebookNode]) -> str:
     """The instructor's page, with the table of all exercises in its place."""
     rows = [(file[:2], *stated) for file, notebook in notebooks.items() for stated in graded(notebook)]
     table = markdown_table(pd.DataFrame(rows, columns=["notebook", "exercise", "grade", "time"]))
-    return (folder / "INSTRUCTOR.md").read_text(encoding="utf-8").replace(EXERCISES, "\n".join(table))
+    page = (folder / "INSTRUCTOR.md").read_text(encoding="utf-8").replace(EXERCISES, "\n".join(table))
+    return re.sub(r"\]\((\d\d_\w+\.ipynb)\)", r"](student/\1)", page)

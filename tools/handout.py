@@ -10,13 +10,15 @@ from helpers.results import write_atomically, write_text
 from tools.run import NOTEBOOKS
 
 SOURCE = NOTEBOOKS / "HANDOUT.md"
+# Of the circuit: all that is not tokens, in colour.
+PARTS = ("previous-token head", "residual stream", "K-composition", "induction head", "copying")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Induction heads on one page</title><style>
 @page {{ size: A4; margin: 9mm 13mm }}
-body {{ font: 9.2pt/1.27 system-ui, sans-serif; color: #111; max-width: 184mm; margin: auto }}
+body {{ font: 9pt/1.24 system-ui, sans-serif; color: #111; max-width: 184mm; margin: auto }}
 h1 {{ font-size: 16pt; margin: 0 0 1mm }} h2 {{ font-size: 11pt; margin: 2mm 0 1mm }} p {{ margin: 1.2mm 0 }}
-img {{ width: 66%; display: block; margin: 0 auto }} .anchor-link {{ display: none }}
+img {{ width: 84%; display: block; margin: 0 auto }} .anchor-link {{ display: none }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ padding: .5mm 1.5mm; border-bottom: 1px solid #bbb; text-align: left; vertical-align: top }}
 </style></head><body>{body}</body></html>
@@ -64,7 +66,7 @@ def _circuit() -> str:
 
     plots.use_style()
     picture = io.BytesIO()
-    diagrams.circuit_diagram().savefig(picture, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
+    diagrams.circuit_diagram(PARTS).savefig(picture, dpi=200, bbox_inches="tight", metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
 
 

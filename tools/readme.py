@@ -44,13 +44,14 @@ def measured(outputs: Path) -> str:
     Raises:
         ValueError: there are no outputs of the shipped model.
     """
-    models = {path.name: read_summaries(path) for path in sorted(outputs.glob("*/")) if any(path.glob("*/summary.json"))}
+    models = {path.name: read_summaries(path) for path in sorted(outputs.glob("*/"))}
+    models = {name: summaries for name, summaries in models.items() if summaries}
     if DEFAULT_MODEL not in models:
         raise ValueError(f"no outputs of {DEFAULT_MODEL} in {outputs}; type `make run` first")
     models = {DEFAULT_MODEL: models.pop(DEFAULT_MODEL)} | models
     lines = [*markdown_table(_findings(models)), ""]
-    lines += [*_durations(outputs / "benchmarks"), "Seconds of each notebook, imports apart; real models with `--small`:", ""]
-    return "\n".join([*lines, *markdown_table(_seconds(models))])
+    lines += [*_durations(outputs / "benchmarks"), "", *markdown_table(_seconds(models))]
+    return "\n".join(lines)
 
 
 def _findings(models: dict[str, dict]) -> pd.DataFrame:
@@ -78,6 +79,7 @@ def _durations(benchmarks: Path) -> list[str]:
         f"{clone['run_minutes']:.1f} for `make run`",
         f"and {clone['test_minutes']:.1f} for `make test`. From starting a notebook to its first figure: at most "
         f"{first['total']:.0f} seconds, {first['imports']:.0f} of them imports.",
+        "Seconds of each notebook, imports apart, real models with `--small`:",
     ]
 
 

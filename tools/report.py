@@ -50,8 +50,12 @@ def main(arguments: argparse.Namespace) -> int:
         from tools.readme import write_readme
 
         print(f"see {write_readme(arguments.outputs)}")
-    else:
+        return 0
+    runs = write_runs(arguments.outputs)
+    if runs is None or arguments.model or whole_models(arguments.outputs):
         print(f"see {write_atlas(arguments.outputs, arguments.model)}")
+    if runs:
+        print(f"see {runs}, and all numbers in {runs.with_suffix('.csv')}")
     return 0
 
 
@@ -146,9 +150,9 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     Raises:
         ValueError: no model has outputs, or one that was asked for has none.
     """
-    present = [path.parent.parent.name for path in sorted(outputs.glob(f"*/[0-9][0-9]_{SCORES}/summary.json"))]
-    missing = set(models or []) - set(present)
-    if missing or not present:
+    present = whole_models(outputs)
+    missing = {name for name in models or [] if not (folder_of(outputs / name, SCORES) / "summary.json").exists()}
+    if missing or not (present or models):
         names = ", ".join(sorted(missing)) or "any model"
         raise ValueError(f"no outputs of {names} in {outputs}; type `python -m tools run --model NAME` first")
     found = {name: read_summaries(outputs / name) for name in models or present}
@@ -157,12 +161,18 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     table = _atlas_table(outputs, found, layouts)
     write_atomically(outputs / "atlas.csv", lambda path: table.to_csv(path, index=False))
     figure = depth_figure(scores, layouts)
-    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, format="png", metadata={"Software": None}))
+    write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, metadata={"Software": None}))
     lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
     lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
     lines += [f"- {_layout_text(name, layouts[name], results_of(s, SCORES))}" for name, s in found.items()]
     lines += ["", *(f"[Report of {name}]({name}/report.md)  " for name in found)]
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
+
+
+def whole_models(outputs: Path) -> list[str]:
+    """The models with scores of their heads, without those of one checkpoint or one seed."""
+    names = [path.parent.parent.name for path in sorted(outputs.glob(f"*/[0-9][0-9]_{SCORES}/summary.json"))]
+    return [name for name in names if not is_one_of_many(name)]
 
 
 _TEXT = """Made by `python -m tools report` from the summaries and tables of each model; brackets are 95 % intervals.
@@ -262,3 +272,86 @@ def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> "
     sns.despine(figure)
     plt.close(figure)  # it lives on, but nothing shows it unasked
     return figure
+
+
+# ---- one model at many checkpoints, or with many seeds ----
+
+
+def is_one_of_many(folder: str) -> bool:
+    """Whether the outputs in a folder of this name are of one checkpoint or of one seed."""
+    return "@" in folder or "~seed" in folder
+
+
+def read_runs(outputs: Path) -> pd.DataFrame:
+    """One row for each number, text or list that a notebook kept, of every model, checkpoint and seed.
+
+    The mean of an estimate is its value; `step` is the checkpoint's number, which the finished model has not.
+    """
+    rows = []
+    for folder in sorted(path for path in outputs.glob("*") if path.is_dir()):
+        name, _, seed = folder.name.partition("~seed")
+        model, _, checkpoint = name.partition("@")
+        step = int(checkpoint.removeprefix("step")) if checkpoint.removeprefix("step").isdigit() else None
+        same = {"model": model, "checkpoint": checkpoint or "final", "step": step, "seed": seed, "folder": folder.name}
+        for notebook, summary in read_summaries(folder).items():
+            rows += [same | {"notebook": notebook} | row for row in _numbers(summary["results"])]
+    columns = ["model", "checkpoint", "step", "seed", "folder", "notebook", "quantity", "value", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _numbers(results: dict, prefix: str = "") -> list[dict]:
+    """The recorded values as rows; those inside a dict are named after both."""
+    rows = []
+    for key, value in results.items():
+        if is_estimate(value):
+            rows.append({"quantity": prefix + key, "value": value["mean"], "low": value["low"], "high": value["high"]})
+        elif isinstance(value, dict):
+            rows += _numbers(value, f"{prefix}{key}: ")
+        else:
+            rows.append({"quantity": prefix + key, "value": as_text(value) if isinstance(value, list) else value})
+    return rows
+
+
+def write_runs(outputs: Path) -> Path | None:
+    """Write `runs.md` and `runs.csv`: what each notebook found along training and across seeds; None without any."""
+    runs = read_runs(outputs)
+    many = runs[runs.folder.map(is_one_of_many)]
+    if many.empty:
+        return None
+    runs = runs[runs.model.isin(many.model) & runs.notebook.isin(many.notebook)]
+    write_atomically(outputs / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format="%.6g"))
+    lines = ["# Along training and across seeds", "", _MANY]
+    for (model, notebook), part in runs.groupby(["model", "notebook"]):
+        lines += ["", f"## {notebook} on {model}", "", *markdown_table(_along_training(part))]
+    return write_text(outputs / "runs.md", "\n".join([*lines, ""]))
+
+
+_MANY = """Made by `python -m tools report` from the summaries of all runs on checkpoints (`--model NAME@all`) and with
+several seeds (`--seeds 0..7`). With one seed brackets are that run's own 95 % interval, over prompts; with several they
+are the interval over seeds of the runs' means. A text that differs between seeds has the number of seeds after it."""
+
+
+def _along_training(part: pd.DataFrame) -> pd.DataFrame:
+    """One row a checkpoint, in the order of training, one column a quantity."""
+    order = part.sort_values("step", na_position="last").checkpoint.unique()
+    # A run without a seed of its own says again what the seed by default says.
+    several = part[part.seed != ""].checkpoint.unique()
+    part = part[(part.seed != "") | ~part.checkpoint.isin(several)]
+    rows = []
+    for checkpoint in order:
+        here = part[part.checkpoint == checkpoint]
+        cells = {quantity: _over_seeds(rows_of) for quantity, rows_of in here.groupby("quantity", sort=False)}
+        rows.append({"checkpoint": checkpoint, "seeds": here.seed.nunique()} | cells)
+    return pd.DataFrame(rows).fillna("not run")
+
+
+def _over_seeds(rows: pd.DataFrame) -> str:
+    from helpers.stats import estimate
+
+    values = rows.value.tolist()
+    if len(values) > 1 and all(type(value) in (int, float) for value in values):
+        return as_text(estimate([float(value) for value in values]))
+    if len(values) == 1 and pd.notna(rows.low.iloc[0]):
+        return as_text({"mean": values[0], "low": rows.low.iloc[0], "high": rows.high.iloc[0]})
+    counts = rows.value.map(as_text).value_counts()
+    return "; ".join(counts.index if len(values) == 1 else (f"{text} ({n})" for text, n in counts.items()))

@@ -1,4 +1,4 @@
-"""Execute the notebooks, each in a kernel of its own, and keep what they made."""
+"""Execute the notebooks, each in a kernel of its own, several at a time, and keep what they made."""
 
 import argparse
 import ast
@@ -6,32 +6,39 @@ import asyncio
 import json
 import math
 import operator
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nbformat
+import psutil
 from filelock import FileLock, Timeout
-from jupyter_client import AsyncKernelManager
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbformat import NotebookNode
-from tqdm import tqdm
 
-from helpers.catalog import DEFAULT_MODEL, resolve, slug
+from helpers.catalog import DEFAULT_MODEL, checkpoints, model_folder, resolve, slug
 from helpers.results import write_text
+from tools.cluster import Cluster, SchedulerGone
 from tools.convert import ensure
+from tools.freshness import WEIGHT_FILES, fingerprint, model_digest, sign, what_changed
+from tools.kernels import (
+    ROOT,
+    Outcome,
+    declared_parameters,
+    execute,
+    kernel_environment,
+    n_code_cells,
+    n_cores,
+    read_notebook,
+)
+from tools.progress import Progress
 from tools.report import write_report
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 # The runner sets these itself.
 OWN_PARAMETERS = ("model_name", "output_dir")
@@ -40,11 +47,17 @@ RANGES = {"at least": operator.ge, "at most": operator.le, "above": operator.gt,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help="names, folders or hub ids")
+    parser.add_argument(
+        "--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME",
+        help="names, folders or hub ids; NAME@all for every checkpoint",
+    )  # fmt: skip
     parser.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers or names; all by default")
+    parser.add_argument("--seeds", metavar="A..B", help="once for every seed from A to B, where notebooks have one")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
     parser.add_argument("--small", action="store_true", help="smaller batches, for models that are large for a CPU")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
+    parser.add_argument("--resume", action="store_true", help="only what is missing or was made from something else")
+    parser.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time; default: as cores and memory allow")
+    parser.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="run on the workers of this Dask scheduler")
     parser.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter of the notebooks; may be repeated",
@@ -52,22 +65,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.jobs < 1:
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
-    notebooks = find_notebooks(arguments.notebooks)
-    jobs = plan(arguments.model, notebooks, arguments.out, dict(arguments.parameters), arguments.small)
+    if arguments.jobs and arguments.scheduler:
+        raise ValueError("--jobs is for this machine; with --scheduler a worker takes one notebook at a time")
+    models, notebooks = every_model(arguments.model), find_notebooks(arguments.notebooks)
+    seeds = parse_seeds(arguments.seeds)
+    jobs = plan(models, notebooks, arguments.out, dict(arguments.parameters), arguments.small, seeds)
     with claimed(jobs[0].out, {job.folder for job in jobs}):
         pass  # a folder that cannot be written is found out before anything that takes long
-    for model in dict.fromkeys(job.model for job in jobs):
-        ensure(model)
-        try_loading(model)
-    errors = run(jobs, arguments.jobs)
-    for label, error in errors.items():
-        print(f"{label} failed at {error}", file=sys.stderr)
-    done = [job for job in jobs if job.label not in errors]
-    pages = ", ".join(dict.fromkeys(str(arguments.out / job.folder.name / "report.md") for job in done))
-    print(f"{len(done)} of {len(jobs)} notebooks done" + (f"; see {pages}" if done else ""))
-    return 1 if errors else 0
+    machine = Cluster(arguments.scheduler) if arguments.scheduler else ThisMachine(arguments.jobs)
+    machine.prepare(list(dict.fromkeys(job.model for job in jobs)))
+    wanted = [job for job in jobs if not arguments.resume or is_outdated(job, machine.digest(job.model))]
+    if len(wanted) < len(jobs):
+        print(f"{len(jobs) - len(wanted)} of {len(jobs)} notebooks are up to date", flush=True)
+    return _summarise(run_on(machine, wanted) if wanted else {}, wanted, arguments.out)
+
+
+def _summarise(outcomes: dict[str, Outcome], jobs: list["Job"], out: Path) -> int:
+    """Print how a run ended; returns the exit code."""
+    for label, outcome in outcomes.items():
+        if outcome.error:
+            print(f"{label} failed at {outcome.error}", file=sys.stderr)
+    left_out = sum(bool(outcome.not_applicable) for outcome in outcomes.values())
+    done = [job for job in jobs if not (outcomes[job.label].error or outcomes[job.label].not_applicable)]
+    pages = list(dict.fromkeys(str(out / job.folder.name / "report.md") for job in done))
+    if len(pages) > 3:
+        pages = [f"{len(pages)} reports in {out}", "or type `python -m tools report` for one page"]
+    text = f"{len(done)} of {len(jobs)} notebooks done"
+    text += f", {left_out} not applicable" if left_out else ""
+    print(text + (f"; see {', '.join(pages)}" if done else ""))
+    return 1 if any(outcome.error for outcome in outcomes.values()) else 0
 
 
 # ---- plan ----
@@ -75,20 +103,63 @@ def main(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook on one model."""
+    """One notebook on one model, and one seed where several are wanted."""
 
     notebook: Path
     model: str
     parameters: dict
     out: Path
+    seed: int | None = None
 
     @property
     def folder(self) -> Path:
-        return self.out / slug(self.model)
+        # No name of a model has a tilde in its slug: it may stand neither in a hub id nor in a revision.
+        return self.out / (slug(self.model) + ("" if self.seed is None else f"~seed{self.seed}"))
+
+    @property
+    def place(self) -> Path:
+        return self.folder / self.notebook.stem
 
     @property
     def label(self) -> str:
-        return f"{self.notebook.stem} on {slug(self.model)}"
+        return f"{self.notebook.stem} on {self.folder.name}"
+
+
+def every_model(names: list[str]) -> list[str]:
+    """The names, with NAME@all as NAME@... for each checkpoint of a model, in the order of training.
+
+    Raises:
+        ValueError: it is not known which checkpoints the model has.
+    """
+    models = []
+    for name in names:
+        model, _, revision = name.partition("@")
+        models += [f"{model}@{label}" for label in _all_checkpoints(model)] if revision == "all" else [name]
+    return models
+
+
+def _all_checkpoints(model: str) -> list[str]:
+    source = resolve(model)
+    if source.kind == "embedded" and (labels := list(checkpoints(model))):
+        return labels
+    if model.startswith("pythia-") and source.kind == "hub":  # as EleutherAI published them
+        return [f"step{n}" for n in (0, *(2**k for k in range(10)), *range(1000, 143001, 1000))]
+    raise ValueError(f"which checkpoints {model} has is not known; name them one by one, as in {model}@step1000")
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """The seeds of `3` or `0..7`, both ends included.
+
+    Raises:
+        ValueError: it is neither, or has none.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text)
+    seeds = list(range(int(found[1]), int(found[2] or found[1]) + 1)) if found else []
+    if not seeds:
+        raise ValueError(f"--seeds is written 3 or 0..7, the lower first, not {text!r}")
+    return seeds
 
 
 def find_notebooks(wanted: list[str] | None = None, folder: Path | None = None) -> list[Path]:
@@ -110,46 +181,21 @@ def find_notebooks(wanted: list[str] | None = None, folder: Path | None = None) 
     return list(dict.fromkeys(chosen))
 
 
-def read_notebook(path: Path) -> NotebookNode:
-    """A notebook of format 4.
-
-    Raises:
-        ValueError: the file is none.
-    """
-    try:
-        return nbformat.read(path, as_version=4)
-    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
-        raise ValueError(f"{path} is damaged or no notebook; restore it, or make it anew ({error})") from None
-
-
-def parameters_cell(notebook: NotebookNode) -> int:
-    """The index of the cell tagged `parameters`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for index, cell in enumerate(notebook.cells):
-        if "parameters" in cell.metadata.get("tags", []):
-            return index
-    raise ValueError("a notebook has no cell tagged 'parameters'; tag the one that sets model_name and the sizes")
-
-
 def check_parameters(path: Path, values: dict[str, str]) -> dict:
     """The values as the types of the notebook's own parameters, within the ranges that it declares.
 
     Raises:
         ValueError: the notebook has no such parameter, or the value is not of its type or range.
     """
-    notebook = read_notebook(path)
-    source = notebook.cells[parameters_cell(notebook)].source
-    known = {statement.targets[0].id: statement for statement in ast.parse(source).body}
+    known = declared_parameters(read_notebook(path))
     settable = [name for name in known if name not in OWN_PARAMETERS]
     checked = {}
     for name, text in values.items():
         if name not in settable:
             raise ValueError(f"{path.stem} has no parameter {name!r} to set; it has {', '.join(settable)}")
-        checked[name] = _as_type_of(ast.literal_eval(known[name].value), text, name)
-        _check_range(checked[name], source.splitlines()[known[name].lineno - 1].partition("  # ")[2], name)
+        default, comment = known[name]
+        checked[name] = _as_type_of(default, text, name)
+        _check_range(checked[name], comment, name)
     return checked
 
 
@@ -174,20 +220,119 @@ def _check_range(value, comment: str, name: str) -> None:
 
 
 def plan(
-    models: list[str], notebooks: list[Path], out: Path, parameters: dict[str, str], small: bool = False
-) -> list[Job]:
-    """Every notebook on every model, each once, checked before anything runs.
+    models: list[str], notebooks: list[Path], out: Path, parameters: dict[str, str], small: bool = False,
+    seeds: list[int] | None = None,
+) -> list[Job]:  # fmt: skip
+    """Every notebook on every model and seed, each once, checked before anything runs.
 
-    With `small`, sizes are those of `notebooks/small.json`, for models that are large for a CPU.
+    With `small`, sizes are those of `notebooks/small.json`, for models that are large for a CPU. With `seeds`,
+    notebooks without a parameter `seed` are left out.
+
+    Raises:
+        ValueError: an unknown model or parameter, a value that is none, or seeds for notebooks that have none.
     """
+    if seeds and "seed" in parameters:
+        raise ValueError("give either --seeds or -p seed, not both")
+    if seeds:
+        notebooks = [path for path in notebooks if "seed" in declared_parameters(read_notebook(path))]
+        if not notebooks:
+            raise ValueError("none of these notebooks has a parameter 'seed'; leave out --seeds")
     sizes = json.loads((NOTEBOOKS / "small.json").read_text()) if small else {}
     checked = {path: sizes.get(path.stem, {}) | check_parameters(path, parameters) for path in notebooks}
     jobs = []
     for model in models:
         is_path = resolve(model).kind in ("folder", "nanogpt")
         name = str(Path(model).expanduser().resolve()) if is_path else model
-        jobs += [Job(path, name, checked[path], out.resolve()) for path in notebooks]
+        for seed in seeds or [None]:
+            own = {} if seed is None else {"seed": seed}
+            jobs += [Job(path, name, checked[path] | own, out.resolve(), seed) for path in notebooks]
     return list({(job.notebook, job.folder): job for job in jobs}.values())
+
+
+def is_outdated(job: Job, digest: str) -> bool:
+    """Whether there are no outputs of a job, or they were made from another notebook, helper, parameter or model."""
+    text = job.notebook.read_text(encoding="utf-8")
+    changed = what_changed(job.place, fingerprint(text, job.parameters, digest))
+    return bool(changed) or not (job.folder / job.notebook.name).exists()
+
+
+def last_wall_time(job: Job) -> float | None:
+    """Seconds that a job took when it last ran here; None if it never did."""
+    return _wall_time(job.place)
+
+
+def longest_first(jobs: list[Job]) -> list[Job]:
+    """The jobs in the order in which they end soonest: those that took long before, or are new, come first."""
+    shipped = ROOT / "outputs" / DEFAULT_MODEL
+
+    def seconds(job: Job) -> float:
+        return _wall_time(job.place) or _wall_time(shipped / job.notebook.stem) or math.inf
+
+    return sorted(jobs, key=seconds, reverse=True)
+
+
+def _wall_time(place: Path) -> float | None:
+    try:
+        return float(json.loads((place / "summary.json").read_text(encoding="utf-8"))["wall_time_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- where notebooks run ----
+
+
+# What one kernel needs: the libraries, and for a model its weights, their folded copy, and the activations of a sweep.
+KERNEL_BYTES, TIMES_WEIGHTS = 2**30, 4
+
+
+class ThisMachine:
+    """Kernels on this machine, so many at a time; as many as cores and memory allow by default."""
+
+    def __init__(self, n_parallel: int | None = None):
+        self.n_parallel = n_parallel
+
+    def prepare(self, models: list[str]) -> None:
+        """See that every model can be loaded, before the notebooks start.
+
+        Raises:
+            ValueError, ModelUnavailable: one cannot; says why.
+        """
+        for model in models:
+            ensure(model)
+        for model in {model.partition("@")[0]: model for model in models}.values():
+            try_loading(model)
+        self.n_parallel = self.n_parallel or fitting(max(map(weight_bytes, models)))
+
+    def digest(self, model: str) -> str:
+        """The digest of a model."""
+        return model_digest(model)
+
+    @asynccontextmanager
+    async def ready(self) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
+        """Gives the function that executes a notebook here, when there is room."""
+        places, environment = asyncio.Semaphore(self.n_parallel), kernel_environment(self.n_parallel)
+
+        async def in_turn(text: str, parameters: dict, folder: Path, on_cell: Callable) -> Outcome:
+            async with places:
+                on_cell(0)
+                return await execute(text, parameters, folder, environment, on_cell)
+
+        yield in_turn
+
+
+def fitting(n_bytes: int) -> int:
+    """How many kernels with a model of so many bytes this machine has cores and free memory for, at least one."""
+    need = KERNEL_BYTES + TIMES_WEIGHTS * n_bytes
+    return max(1, min(n_cores(), psutil.virtual_memory().available // need))
+
+
+def weight_bytes(model: str) -> int:
+    """The size of a model's weights on disk."""
+    source = resolve(model)
+    if source.kind == "nanogpt":
+        return Path(source.repo).stat().st_size
+    folder = model_folder(model, source)
+    return sum(path.stat().st_size for pattern in WEIGHT_FILES for path in folder.glob(pattern))
 
 
 def try_loading(model: str) -> None:
@@ -210,30 +355,43 @@ def try_loading(model: str) -> None:
 
 
 def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
-    """Execute all jobs; returns label -> error of those that failed.
+    """Execute all jobs on this machine; returns label -> error of those that failed. Raises what `run_on` does."""
+    outcomes = run_on(ThisMachine(n_parallel), jobs)
+    return {label: outcome.error for label, outcome in outcomes.items() if outcome.error}
 
-    A notebook works in a staging folder beside the outputs. What it made is moved into place
-    when it has finished, so an interrupted or failed run leaves the earlier results alone.
+
+def run_on(machine: "ThisMachine | Cluster", jobs: list[Job]) -> dict[str, Outcome]:
+    """Execute all jobs; returns label -> how it ended.
+
+    A notebook works in a staging folder beside the outputs, or on another machine. What it made is moved into
+    place when it has finished, so an interrupted or failed run leaves the earlier results alone.
 
     Raises:
-        ValueError: the folder for the outputs cannot be written, or another run is writing there.
+        ValueError: the folder for the outputs cannot be written, another run is writing there, or the scheduler
+            has gone.
         KeyboardInterrupt: interrupted or told to end, with what is done by then.
     """
-    errors: dict[str, str | None] = {}
+    outcomes: dict[str, Outcome] = {}
     with claimed(jobs[0].out, {job.folder for job in jobs}) as staging:
         try:
-            asyncio.run(_run_all(jobs, n_parallel, staging, errors))
+            asyncio.run(_run_all(jobs, machine, staging, outcomes))
         except asyncio.CancelledError:
-            done = sum(error is None for error in errors.values())
-            text = f"interrupted after {done} of {len(jobs)} notebooks; the earlier results of the others are untouched"
-            raise KeyboardInterrupt(text) from None
+            text = f"{_how_far(outcomes, jobs)}; the earlier results of the others are untouched"
+            raise KeyboardInterrupt(f"interrupted after {text}") from None
+        except SchedulerGone as error:
+            text = f"{_how_far(outcomes, jobs)}; those are kept, and the same command with --resume runs the rest"
+            raise ValueError(f"{error} after {text}") from None
         finally:
-            for folder in {job.folder for job in jobs if job.label in errors}:
+            for folder in {job.folder for job in jobs if job.label in outcomes and job.folder.exists()}:
                 try:
                     write_report(folder)
                 except (OSError, ValueError, KeyError) as error:
-                    errors[f"the report of {folder.name}"] = f"{type(error).__name__}: {error}"
-    return {label: error for label, error in errors.items() if error}
+                    outcomes[f"the report of {folder.name}"] = Outcome(error=f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def _how_far(outcomes: dict[str, Outcome], jobs: list[Job]) -> str:
+    return f"{sum(not outcome.error for outcome in outcomes.values())} of {len(jobs)} notebooks"
 
 
 @contextmanager
@@ -271,18 +429,16 @@ def _clear(left: Path) -> None:
     shutil.rmtree(left, ignore_errors=True)
 
 
-async def _run_all(jobs: list[Job], n_parallel: int, staging: Path, errors: dict[str, str | None]) -> None:
+async def _run_all(
+    jobs: list[Job], machine: "ThisMachine | Cluster", staging: Path, outcomes: dict[str, Outcome]
+) -> None:
     _end_on_signals(asyncio.get_running_loop(), asyncio.current_task())
-    places = asyncio.Semaphore(n_parallel)
-    environment = kernel_environment(n_parallel)
-    n_cells = sum(len(read_notebook(job.notebook).cells) + 1 for job in jobs)
-    with tqdm(total=n_cells, unit="cell", disable=None) as bar:
+    async with Progress() as progress, machine.ready() as execute_there:
 
-        async def in_turn(job: Job) -> None:
-            async with places:
-                errors[job.label] = await _run_job(job, staging, environment, bar)
+        async def whole(job: Job) -> None:
+            outcomes[job.label] = await _run_job(job, machine.digest, execute_there, staging, progress)
 
-        await asyncio.gather(*map(in_turn, jobs))
+        await asyncio.gather(*map(whole, longest_first(jobs)))
 
 
 def _end_on_signals(loop: asyncio.AbstractEventLoop, task: asyncio.Task) -> None:
@@ -300,98 +456,64 @@ def _end_on_signals(loop: asyncio.AbstractEventLoop, task: asyncio.Task) -> None
             loop.add_signal_handler(number, end)
 
 
-def kernel_environment(n_parallel: int = 1) -> dict[str, str]:
-    """The environment of a kernel: this one, with its share of the cores and this clone's helpers."""
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment["TQDM_DISABLE"] = "1"  # every step of a bar would be kept as output
-    environment["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm again, wherever it is imported
-    if n_parallel > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
-    return environment
+async def _run_job(
+    job: Job, digest_of: Callable, execute_there: Callable, staging: Path, progress: Progress
+) -> Outcome:
+    outcome, began = Outcome(), time.monotonic()
 
+    def on_cell(n_done: int) -> None:
+        nonlocal began
+        if n_done:
+            progress.at(job.label, n_done)
+        else:
+            began = time.monotonic()
+            progress.begin(job.label, n_cells, last_wall_time(job))
 
-async def _run_job(job: Job, staging: Path, environment: dict[str, str], bar: tqdm) -> str | None:
-    error = None
     try:
         workplace = Path(tempfile.mkdtemp(dir=staging))
-        notebook = with_parameters(read_notebook(job.notebook), {"model_name": job.model} | job.parameters)
-        error = await _execute(notebook, workplace, environment, bar)
-        if not error and (warnings := tidy(notebook)):
-            bar.write(f"{job.label} warned: {warnings}", file=sys.stderr)
-        _keep(job, notebook, workplace, staging, error)
-    except Exception as failure:  # no kernel, a dead one, a full disk: the other notebooks still run
-        error = error or f"{type(failure).__name__}: {failure}"
-    bar.write(f"{'FAILED' if error else 'done'}  {job.label}" + (f"\n        {error}" if error else ""))
-    sys.stdout.flush()
-    return error
-
-
-def with_parameters(notebook: NotebookNode, parameters: dict) -> NotebookNode:
-    """The notebook with a cell that sets the parameters, after the one that declares them."""
-    notebook.metadata.pop("widgets", None)  # with which GitHub does not render a notebook
-    source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())])
-    cell = nbformat.v4.new_code_cell(source, id="injected", metadata={"tags": ["injected-parameters"]})
-    notebook.cells.insert(parameters_cell(notebook) + 1, cell)
-    return notebook
-
-
-async def _execute(notebook: NotebookNode, folder: Path, environment: dict[str, str], bar: tqdm) -> str | None:
-    """Run every cell; returns the first error of a cell. Whatever happens, no kernel is left."""
-    kernel = AsyncKernelManager(kernel_name=notebook.metadata.get("kernelspec", {}).get("name", "python3"))
-    client = NotebookClient(notebook, km=kernel, record_timing=False)
-    try:
-        # ipykernel warns of its own transport at every start.
-        await kernel.start_kernel(cwd=str(folder), env=environment, extra_arguments=["--log-level=ERROR"])
-        await client.async_start_new_kernel_client()
-        for index, cell in enumerate(notebook.cells):
-            await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
-            bar.update()
-    except CellExecutionError as failure:
-        return f"cell {client.code_cells_executed}: {failure.ename}: {failure.evalue}"
-    except DeadKernelError:
-        if asyncio.current_task().cancelling():  # nbclient takes an interrupt for a dead kernel
-            raise asyncio.CancelledError from None
+        n_cells = n_code_cells(read_notebook(job.notebook))
+        text = job.notebook.read_text(encoding="utf-8")
+        made_from = fingerprint(text, job.parameters, digest_of(job.model))
+        outcome = await execute_there(text, {"model_name": job.model} | job.parameters, workplace, on_cell)
+        _keep(job, outcome, made_from, workplace, staging)
+    except SchedulerGone:  # there is no use in going on
         raise
-    finally:
-        if client.kc is not None:
-            client.kc.stop_channels()
-        if kernel.has_kernel:
-            await kernel.shutdown_kernel(now=True)
+    except Exception as failure:  # no kernel, a dead one, a full disk: the other notebooks still run
+        outcome = replace(outcome, error=outcome.error or f"{type(failure).__name__}: {failure}")
+    progress.end(job.label, _how_it_ended(job, outcome, time.monotonic() - began))
+    if outcome.warnings and not outcome.error:
+        progress.say(f"{job.label} warned: {outcome.warnings}", sys.stderr)
+    return outcome
 
 
-def tidy(notebook: NotebookNode) -> str:
-    """Take from the stored outputs what another run would have otherwise; returns the warnings among it."""
-    warnings, views = [], {}
-
-    def steady(text: str) -> str:
-        text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", text)
-        # CircuitsVis gives every view an id of its own at random.
-        name = r"circuits-vis-[0-9a-f]+-[0-9a-f-]+"
-        return re.sub(name, lambda match: views.setdefault(match[0], f"circuits-vis-{len(views) + 1}"), text)
-
-    for cell in filter(lambda cell: cell.cell_type == "code", notebook.cells):
-        warnings += [output.text for output in cell.outputs if output.get("name") == "stderr"]
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        for data in (output.get("data", {}) for output in cell.outputs):
-            data |= {kind: steady(data[kind]) for kind in ("text/plain", "text/html") if kind in data}
-    return "".join(warnings).strip()
+def _how_it_ended(job: Job, outcome: Outcome, seconds: float) -> str:
+    if outcome.error:
+        return f"FAILED  {job.label}\n        {outcome.error}"
+    if outcome.not_applicable:
+        return f"left out  {job.label}: {outcome.not_applicable}"
+    return f"done    {job.label} in {seconds:.0f} s"
 
 
-def _keep(job: Job, notebook: NotebookNode, workplace: Path, staging: Path, error: str | None) -> None:
+def _keep(job: Job, outcome: Outcome, made_from: dict[str, str], workplace: Path, staging: Path) -> None:
     """Move what a job made into place; of a failed one only the notebook, under another name."""
-    failed, target = job.folder / f"{job.notebook.stem}.failed.ipynb", job.folder / job.notebook.stem
+    failed, target = job.folder / f"{job.notebook.stem}.failed.ipynb", job.place
+    if outcome.not_applicable:
+        return
     # Where space may be wanting, before anything is replaced.
-    executed = write_text(workplace / job.notebook.name, nbformat.writes(notebook) + "\n")
+    executed = write_text(workplace / job.notebook.name, outcome.executed)
     job.folder.mkdir(exist_ok=True)
-    if error:
+    if outcome.error:
         executed.replace(failed)
         return
-    for made in workplace.glob(f"outputs/*/{job.notebook.stem}"):
+    places = list(workplace.glob(f"outputs/*/{job.notebook.stem}"))
+    for made in places:
+        sign(made, made_from)
+    # The notebook first, for the outputs carry the fingerprint by which a later run takes both to be done.
+    executed.replace(job.folder / job.notebook.name)
+    for made in places:
         if target.exists():
             old = staging / "replaced" / job.folder.name / job.notebook.stem
             old.parent.mkdir(parents=True, exist_ok=True)
             target.rename(old)
         made.rename(target)
-    executed.replace(job.folder / job.notebook.name)
     failed.unlink(missing_ok=True)

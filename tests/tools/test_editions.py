@@ -87,7 +87,7 @@ def tiny_series(folder):
     cells = [new_markdown_cell("# 01 · One\n\n**Why?**\n\n**1. Add** (easy, 5 minutes).")]
     cells += [tagged("def f():\n    return 1", "solution"), tagged("f()", "check")]
     nbformat.write(new_notebook(cells=cells), folder / "01_one.ipynb")
-    (folder / "INSTRUCTOR.md").write_text(f"# For instructors\n\n{editions.EXERCISES}\n")
+    (folder / "INSTRUCTOR.md").write_text(f"# For instructors: [01](01_one.ipynb)\n\n{editions.EXERCISES}\n")
     return folder
 
 
@@ -102,7 +102,8 @@ def test_the_editions_the_page_and_the_handout_are_written(tmp_path, monkeypatch
         "student/01_one.ipynb", "solutions/01_one.ipynb", "INSTRUCTOR.md", "handout.html",
     ]  # fmt: skip
     assert not (out / "student/02_gone.ipynb").exists()
-    assert "| 01 | Add | easy | 5 minutes |" in (out / "INSTRUCTOR.md").read_text()
+    page = (out / "INSTRUCTOR.md").read_text()
+    assert "| 01 | Add | easy | 5 minutes |" in page and "[01](student/01_one.ipynb)" in page
     assert "no Chromium" in handout.no_browser()
     (tmp_path / "file").write_text("")
     assert main(["editions", "--out", str(tmp_path / "file")]) == 2

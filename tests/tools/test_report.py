@@ -1,56 +1,136 @@
-"""The page that compares models says what their summaries hold, and refuses what was never run."""
+"""Pages made from summaries say what these hold, bear what notebooks record anew, and refuse what was not run."""
 
 import json
-import shutil
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools import report
+from tools import readme, report
 from tools.__main__ import main
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
+SCORE = {"mean": 0.912, "low": 0.9, "high": 0.92, "n": 24}
+RESULTS = {
+    "01_prompt_construction": {"first_copy_loss_nats": SCORE | {"mean": 7.0}, "second_copy_loss_nats": SCORE},
+    "02_attention_visualization": {
+        "top_induction_head": "L1H0", "top_induction_score": SCORE, "heads_above_0_3": 2,
+        "heads_above_0_3_in_global_layers": 1,
+    },
+    "03_head_ablation": {"top_head": "L0H1", "top_delta_loss_nats": SCORE, "something_new": "told"},
+}  # fmt: skip
+LAYOUT = {"n_layers": 2, "n_heads": 2, "n_key_value_heads": 1, "global_layers": [1]}
+
+
+def write_summary(folder: Path, notebook: str, results: dict) -> None:
+    (folder / notebook / "figures").mkdir(parents=True)
+    summary = {"notebook": notebook, "results": results, "tables": [], "versions": {"torch": "2"}, "wall_time_s": 12.4}
+    (folder / notebook / "summary.json").write_text(json.dumps(summary))
+    if notebook.endswith(report.SCORES):
+        rows = [(f"L{i}H{j}", i, j, i * 0.5 + j * 0.1) for i in (1, 0) for j in (0, 1)]
+        table = pd.DataFrame(rows, columns=["head", "layer", "index", "induction_score"])
+        table.assign(low=table.induction_score, high=table.induction_score).to_csv(
+            folder / notebook / "induction_scores.csv", index=False
+        )
 
 
 @pytest.fixture
 def outputs(tmp_path):
-    """Two models: the committed one, and one of which only notebook 02 was run."""
-    for name in ("induction-2l", "other"):
-        shutil.copytree(OUTPUTS / "induction-2l" / report.SCORES, tmp_path / name / report.SCORES)
-    shutil.copytree(OUTPUTS / "induction-2l" / report.ABLATION, tmp_path / "induction-2l" / report.ABLATION)
-    path = tmp_path / "other" / report.SCORES / "summary.json"
-    summary = json.loads(path.read_text())
-    summary["results"]["layout"] |= {"n_key_value_heads": 4, "global_layers": [1]}
-    summary["results"] |= {"heads_above_0_3_in_global_layers": 2}
-    values = {"global": 0.5, "sliding": 0.25}
-    exact = {kind: {"mean": value, "low": value, "high": value, "n": 3} for kind, value in values.items()}
-    summary["results"]["best_head_of_a_layer"] = exact
-    path.write_text(json.dumps(summary))
+    """The shipped model, and another of which only notebook 02 was run, with windows and shared keys."""
+    for notebook, results in RESULTS.items():
+        write_summary(tmp_path / "induction-2l", notebook, results)
+    scores = RESULTS["02_attention_visualization"] | {"layout": LAYOUT}
+    write_summary(tmp_path / "a", "02_attention_visualization", scores)
+    (tmp_path / "benchmarks").mkdir()
+    clone = {"cores": 2, "install_minutes": 2.6, "run_minutes": 2.4, "test_minutes": 4.9}
+    (tmp_path / "benchmarks/fresh_clone.json").write_text(json.dumps(clone))
+    (tmp_path / "benchmarks/first_figure.json").write_text('{"slowest": {"total": 6.2, "imports": 4.1}}')
     return tmp_path
 
 
-def test_the_page_is_made_from_the_summaries(outputs):
+def test_the_atlas_is_made_from_the_summaries(outputs):
     page = report.write_atlas(outputs).read_text()
     table = pd.read_csv(outputs / "atlas.csv", index_col=0)
-    assert list(table.columns) == ["induction-2l", "other"]
-    ablation = json.loads((outputs / "induction-2l" / report.ABLATION / "summary.json").read_text())["results"]
-    row = table.loc["head whose removal costs most (nats on the second copy)"]
-    assert row["induction-2l"].startswith(ablation["top_head"]) and row["other"] == "not run"
-    assert "2 of which share keys" in page and "2 sit in the 1 global layers" in page
-    assert "0.500 [0.500, 0.500]" in page and (outputs / "atlas.png").exists()
+    assert list(table.columns) == ["a", "induction-2l"]
+    row = table.loc["head whose removal loses most copying (nats)"]
+    assert row["induction-2l"] == "L0H1 0.912 [0.900, 0.920]" and row["a"] == report.NOTHING
+    assert set(table.loc["depth of the strongest induction head, as a share of all layers"]) == {"1.000"}
+    assert "2 of which share keys" in page and "1 sit in the 1 global layers" in page
+    assert "**induction-2l**: 2 layers of 2 heads." in page  # keys were not recorded, so nothing is said of them
+    assert not any("patching" in text for text in table.index)  # nobody ran it
+    assert (outputs / "atlas.png").exists()
 
 
-def test_every_row_of_the_page_is_something_that_its_notebook_records():
+def test_every_row_of_the_atlas_is_something_that_its_notebook_records():
+    summaries = report.read_summaries(OUTPUTS / "induction-2l")
     for text, notebook, keys in report.ROWS:
-        results = json.loads((OUTPUTS / "induction-2l" / notebook / "summary.json").read_text())["results"]
-        assert set(keys) <= results.keys(), text
+        assert set(keys) <= report.results_of(summaries, notebook).keys(), text
 
 
 def test_models_can_be_chosen_and_missing_ones_are_named(outputs, capsys):
-    assert main(["report", "--outputs", str(outputs), "--model", "other"]) == 0
-    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["other"]
+    assert main(["report", "--outputs", str(outputs), "--model", "a"]) == 0
+    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["a"]
     assert main(["report", "--outputs", str(outputs), "--model", "gpt2"]) == 2
     assert "no outputs of gpt2" in capsys.readouterr().err
     assert main(["report", "--outputs", str(outputs / "none")]) == 2
     assert "tools run --model" in capsys.readouterr().err
+
+
+def test_a_report_shows_what_was_kept_and_describes_its_figures(outputs):
+    folder, name = outputs / "induction-2l", "02_attention_visualization"
+    (folder / name / "figures/scores.png").write_bytes(b"")
+    (folder / name / "figures/other.png").write_bytes(b"")
+    source = 'results.keep("scores", plots.head_grid(s, "induction score [share]"))'
+    notebook = new_notebook(cells=[new_markdown_cell("## 1. Every head"), new_code_cell(source)])
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    page = report.write_report(folder).read_text()
+    assert "| something new | told |" in page and "| top induction score | 0.912 [0.900, 0.920] |" in page
+    assert "![Scores: map of all heads, and the strongest with intervals (induction score (share)). Section: 1." in page
+    assert f"![other]({name}/figures/other.png)" in page
+
+
+def test_the_measured_block_holds_what_the_outputs_hold(outputs):
+    block = readme.measured(outputs)
+    assert "| its attention on the token to copy | 0.91 | 0.91 |" in block
+    assert "| the same tokens, second time | 0.91 | – |" in block
+    assert "2.6 minutes to install, then 2.4 for `make run`" in block and "at most 6 seconds, 4 of them" in block
+    assert "| induction-2l | 12 | 12 | 12 |" in block and "| a | – | 12 | – |" in block
+    page = outputs / "README.md"
+    page.write_text(f"# Title\n\n{readme.BEGIN}\nold\n\n{readme.END}\nrest\n")
+    readme.write_readme(outputs, page)
+    assert readme.split(page.read_text()) == ("# Title\n\n", block)
+    assert page.read_text().endswith(f"{readme.END}\nrest\n")
+
+
+@pytest.fixture
+def many(tmp_path):
+    """One notebook at two checkpoints with three seeds each, and once without."""
+    for folder, shift in (("x", 0), *((f"x@step{n}~seed{seed}", n + seed) for n in (5, 40) for seed in (0, 1, 2))):
+        score = {"mean": 0.5 + shift, "low": 0.4 + shift, "high": 0.6 + shift, "n": 3}
+        results = {"score": score, "top": "L0H1", "pair": {"a": 1, "b": shift}, "heads": ["L1H1"], "same": shift % 2}
+        path = tmp_path / folder / "01_good/summary.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"notebook": "01_good", "results": results, "tables": []}))
+    return tmp_path
+
+
+def test_runs_along_training_and_over_seeds_stand_on_one_page(many, capsys):
+    assert main(["report", "--outputs", str(many)]) == 0
+    shown = capsys.readouterr().out
+    assert "runs.md" in shown and "atlas" not in shown  # no model has scores
+    table = pd.read_csv(many / "runs.csv")
+    assert len(table) == 7 * 6 and set(table.quantity) == {"score", "top", "pair: a", "pair: b", "heads", "same"}
+    page = (many / "runs.md").read_text().splitlines()
+    rows = [line for line in page if line.startswith("| step") or line.startswith("| final")]
+    assert [row.split(" | ")[0] for row in rows] == ["| step5", "| step40", "| final"]
+    assert "| 3 | 6.500 [5.500, 7.500] | L0H1 (3) |" in rows[0] and "| 1 | 0.500 [0.400, 0.600] | L0H1 |" in rows[2]
+
+
+def test_the_atlas_leaves_checkpoints_and_seeds_to_the_other_page(outputs):
+    for variant in ("induction-2l@step0", "induction-2l~seed3"):
+        shutil.copytree(outputs / "induction-2l", outputs / variant)
+    report.write_atlas(outputs)
+    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["induction-2l", "other"]
+    assert report.write_runs(outputs).exists()

@@ -1,15 +1,18 @@
 """The runner: good outputs survive failures, runs do not disturb each other, and a re-run changes nothing."""
 
+import io
 import json
 import os
+import shutil
+import sys
 
 import nbformat
 import pytest
 from examination import PATHS
-from tiny_series import contents, good, write_notebook
+from tiny_series import PARAMETERS, contents, good, relative, write_notebook
 
 from helpers import catalog
-from tools import run
+from tools import freshness, kernels, progress, run
 from tools.__main__ import COMMANDS, main
 
 
@@ -67,7 +70,7 @@ def test_ids_and_addresses_are_made_steady_and_widget_state_goes():
         nbformat.v4.new_output("stream", name="stderr", text="careful"),
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
-    assert run.tidy(notebook) == "careful"
+    assert kernels.tidy(notebook) == "careful"
     (shown,) = notebook.cells[0].outputs
     assert shown.data["text/html"] == "circuits-vis-1 circuits-vis-2 circuits-vis-1"
     assert shown.data["text/plain"] == "<Html>"
@@ -121,7 +124,8 @@ def test_parameters_are_checked_before_anything_runs(notebooks):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_the_values_that_a_notebook_declares_are_within_its_ranges(path):
     parameters = {}
-    exec(run.read_notebook(path).cells[run.parameters_cell(run.read_notebook(path))].source, parameters)
+    notebook = run.read_notebook(path)
+    exec(notebook.cells[kernels.parameters_cell(notebook)].source, parameters)
     values = {k: str(v) for k, v in parameters.items() if k not in ("__builtins__", *run.OWN_PARAMETERS)}
     assert run.check_parameters(path, values) == {name: parameters[name] for name in values}
 
@@ -147,3 +151,141 @@ def test_every_command_is_a_module_and_says_what_it_takes(capsys):
         with pytest.raises(SystemExit) as ended:
             main([name, "--help"])
         assert ended.value.code == 0 and f"python -m tools {name}" in capsys.readouterr().out
+
+
+# ---- several at a time ----
+
+
+def test_as_many_at_a_time_as_cores_and_memory_allow(monkeypatch):
+    memory = type("Memory", (), {"available": 10 * 2**30})
+    monkeypatch.setattr(run, "n_cores", lambda: 8)
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: memory)
+    small, large, huge = (run.fitting(n) for n in (10**6, 2**30, 2**40))
+    assert (small, large, huge) == (8, 2, 1)
+    assert (
+        run.weight_bytes("induction-2l") == (catalog.WEIGHTS_FOLDER / "induction-2l/model.safetensors").stat().st_size
+    )
+    monkeypatch.setattr(kernels, "n_cores", lambda: 8)
+    assert (
+        kernels.kernel_environment(4)["OMP_NUM_THREADS"] == "2"
+        and kernels.kernel_environment(9)["OMP_NUM_THREADS"] == "1"
+    )
+
+
+def test_the_longest_of_the_last_run_comes_first_and_a_new_one_before_all(tmp_path):
+    jobs = [run.Job(tmp_path / f"{name}.ipynb", "induction-2l", {}, tmp_path) for name in ("01_a", "02_b", "03_c")]
+    for job, seconds in zip(jobs, (5, 50)):
+        job.place.mkdir(parents=True)
+        (job.place / "summary.json").write_text(json.dumps({"wall_time_s": seconds}))
+    assert [job.notebook.stem for job in run.longest_first(jobs)] == ["03_c", "02_b", "01_a"]
+    assert [run.last_wall_time(job) for job in jobs] == [5.0, 50.0, None]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_has_a_live_line_and_a_log_plain_ones(terminal, monkeypatch, capsys):
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    lines = progress.Progress()
+    lines.begin("01_good on x", 7, 63.4)
+    lines.at("01_good on x", 3)
+    lines.end("01_good on x", "done")
+    shown = capsys.readouterr().out
+    assert shown.endswith("done\n")
+    assert ("01_good on x  cell 3 of 7, 00:00, 01:03 last time" in screen.getvalue()) == terminal
+    assert ("started 01_good on x (7 cells, 01:03 last time)" in shown) == (not terminal)
+
+
+# ---- to go on where a run ended ----
+
+
+def test_outputs_are_out_of_date_when_what_made_them_changed(notebooks, tmp_path, monkeypatch):
+    def changed(model="induction-2l", **parameters):
+        (job,) = run.plan([model], run.find_notebooks(["01"], notebooks), tmp_path / "out", parameters)
+        now = freshness.fingerprint(job.notebook.read_text(), job.parameters, freshness.model_digest(model))
+        return freshness.what_changed(tmp_path / "out/induction-2l/01_good", now)
+
+    everything = ["notebook", "helpers", "parameters", "model"]
+    assert changed() == everything
+    assert not run_them(notebooks, tmp_path / "out", ["01"])
+    assert changed() == [] == changed(size="3")
+    assert changed(size="4") == ["parameters"]
+    assert changed("induction-2l@step0") == ["model"] and changed("induction-1l") == ["model"]
+    assert str(tmp_path) not in (tmp_path / "out/induction-2l/01_good/summary.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(freshness, "source_digest", lambda package: "other")
+        assert changed() == ["helpers"]
+    write_notebook(notebooks, "01_good", good("01_good") + "\n1")
+    assert changed() == ["notebook"]
+
+
+def test_a_model_has_the_same_digest_wherever_it_lies(model_folder, tmp_path):
+    shutil.copytree(model_folder["gpt2"], tmp_path / "elsewhere")
+    digest = freshness.model_digest(str(model_folder["gpt2"]))
+    assert digest == freshness.model_digest(str(tmp_path / "elsewhere"))
+    config = tmp_path / "other/config.json"
+    shutil.copytree(model_folder["gpt2"], config.parent)
+    config.write_text(config.read_text() + " ")
+    assert digest != freshness.model_digest(str(config.parent))
+
+
+def test_a_run_that_is_resumed_gives_the_files_of_one_run(notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "NOTEBOOKS", notebooks)
+    resume = ["run", "--resume", "--out", str(tmp_path / "out")]
+    assert main(resume) == 1  # 02 fails
+    write_notebook(notebooks, "02_bad", good("02_bad"))
+    capsys.readouterr()
+    assert main(resume) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 2 notebooks are up to date" in shown and "started 02_bad" in shown and "started 01_good" not in shown
+    assert main(resume) == 0 and "2 of 2 notebooks are up to date" in capsys.readouterr().out
+    assert main(["run", "--out", str(tmp_path / "once")]) == 0
+    assert relative(tmp_path / "out") == relative(tmp_path / "once")
+    (tmp_path / "out/induction-2l/01_good.ipynb").unlink()
+    assert main(resume) == 0 and (tmp_path / "out/induction-2l/01_good.ipynb").exists()
+
+
+def test_a_notebook_that_does_not_apply_says_so_and_is_no_failure(notebooks, tmp_path, monkeypatch, capsys):
+    code = good("02_bad") + "\nclass NotApplicable(Exception): pass\nraise NotApplicable('induction-1l has one layer')"
+    write_notebook(notebooks, "02_bad", code)
+    monkeypatch.setattr(run, "NOTEBOOKS", notebooks)
+    assert main(["run", "--notebooks", "02", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert "left out  02_bad on induction-2l: induction-1l has one layer\n" in shown.out and not shown.err
+    assert "0 of 1 notebooks done, 1 not applicable" in shown.out and not contents(tmp_path / "out")
+
+
+# ---- checkpoints and seeds ----
+
+
+def test_all_checkpoints_of_a_model_in_the_order_of_training():
+    steps = run.every_model(["induction-2l@all", "gpt2"])
+    assert steps[0] == "induction-2l@step0" and steps[-2:] == ["induction-2l@step4581", "gpt2"] and len(steps) == 8
+    pythia = run.every_model(["pythia-70m@all"])
+    assert len(pythia) == 154 and pythia[:3] == ["pythia-70m@step0", "pythia-70m@step1", "pythia-70m@step2"]
+    for name in ("induction-1l@all", "attn-only-2l@all", "owner/name@all"):
+        with pytest.raises(ValueError, match="one by one"):
+            run.every_model([name])
+
+
+def test_seeds_are_read_and_refused():
+    assert run.parse_seeds("0..7") == list(range(8)) and run.parse_seeds("3") == [3] and run.parse_seeds(None) is None
+    for text in ("7..0", "a", "0..", "-1..2", "0-7"):
+        with pytest.raises(ValueError, match="0..7"):
+            run.parse_seeds(text)
+
+
+def test_every_seed_has_a_folder_of_its_own(notebooks, tmp_path):
+    write_notebook(notebooks, "03_seeded", good("03_seeded") + "\nprint(seed)", PARAMETERS + "\nseed = 0  # of prompts")
+    models = ["induction-2l", "induction-2l@step0", "owner/name", "owner/name@v1"]
+    jobs = run.plan(models, run.find_notebooks(None, notebooks), tmp_path / "out", {}, seeds=[0, 1])
+    assert {job.notebook.stem for job in jobs} == {"03_seeded"} and len({job.folder for job in jobs}) == 8
+    assert len({job.folder.name for job in jobs} | set(map(catalog.slug, models))) == 12
+    assert not run.run(jobs[:2], 2)
+    for seed in (0, 1):
+        stored = (tmp_path / f"out/induction-2l~seed{seed}/03_seeded.ipynb").read_text()
+        assert f"seed = {seed}" in stored
+    with pytest.raises(ValueError, match="has a parameter 'seed'"):
+        run.plan(models, run.find_notebooks(["01"], notebooks), tmp_path, {}, seeds=[0])
+    with pytest.raises(ValueError, match="not both"):
+        run.plan(models, run.find_notebooks(["03"], notebooks), tmp_path, {"seed": "1"}, seeds=[0])

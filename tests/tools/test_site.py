@@ -13,13 +13,12 @@ from urllib.parse import urlsplit
 import pytest
 from examination import PATHS
 
-from tools import site
+from tools import handout, site
 from tools.__main__ import main
 from tools.run import read_notebook
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
 COMMITTED = OUTPUTS / "induction-2l"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # Besides drawing without a screen: nothing of the browser's own that asks the network.
 FLAGS = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def browser():
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    program = handout.browser()
     if program is None and os.environ.get("REQUIRE_ALL"):
         pytest.fail("no browser, and REQUIRE_ALL is set")
     if program is None:
@@ -146,10 +145,13 @@ def test_every_page_of_the_site_asks_the_network_for_nothing(visit, exported):
     opened = visit((exported / "index.html").as_uri())
     links = [link.get_attribute("href") for link in opened.page.locator("a").all()]
     pages = [exported / link for link in links if not link.startswith("http")]
-    assert len(pages) >= len(PATHS)
+    assert len(pages) > len(PATHS) and exported / "atlas.html" in pages
+    assert exported / "induction-2l/report.html" in pages
     for path in pages:
         opened.page.goto(path.as_uri())
         assert opened.page.locator("h1").first.is_visible()
+        pictures = opened.page.locator("img").evaluate_all("all => all.map(i => [i.alt, i.naturalWidth])")
+        assert all(text and width for text, width in pictures), path
     assert not opened.outside() and not opened.errors
     assert sum(path.stat().st_size for path in exported.rglob("*")) < 25e6
 
@@ -205,6 +207,18 @@ def test_heads_are_drawn_in_jupyterlab(visit, lab):
 
 
 # ---- the command ----
+
+
+def test_a_page_in_markdown_takes_its_pictures_along_and_links_within_the_site(tmp_path):
+    source = tmp_path / "from/report.md"
+    (source.parent / "01_a/figures").mkdir(parents=True)
+    (source.parent / "01_a/figures/f.png").write_bytes(b"picture")
+    text = "# A <report>\n\n## [01_a](01_a.ipynb)\n\n![what it shows](01_a/figures/f.png)\n\n"
+    source.write_text(text + "| a | b |\n|---|---|\n| 1 | 2 |\n\n[more](../atlas.md) [away](https://example.org/page.md)\n")
+    page = site.write_page(source, tmp_path / "to/report.html").read_text()
+    assert "<h1>A &lt;report&gt;</h1>" in page and 'href="01_a.html"' in page and "<td>1</td>" in page
+    assert 'href="../atlas.html"' in page and 'href="https://example.org/page.md"' in page
+    assert 'alt="what it shows"' in page and (tmp_path / "to/01_a/figures/f.png").exists()
 
 
 def test_questions_are_read_from_the_notebooks():
