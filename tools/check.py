@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,30 +169,26 @@ def sweeps(model: TransformerBridge, tokens: Tokens) -> list[Finding]:
 
     _, cache = model.run_with_cache(other, names_filter=f"blocks.{layer}.hook_resid_pre")
     clean = cache["resid_pre", layer]
-    findings = []
-    for what, ours, theirs in (
-        ("sweep: mean ablation of heads", lambda: ablate_heads(model, tokens, metric, "mean"),
-         lambda: stock("attn.hook_z", model.cfg.n_heads, mean_head)),
-        ("sweep: patching the stream", lambda: patch_resid(model, tokens, other, metric),
-         lambda: stock("hook_resid_pre", tokens.shape[1], at_position)),
-    ):  # fmt: skip
-        findings.append(_measured(what, lambda ours=ours: ours()[:, layer], theirs))
-    return findings
+    return [
+        _measured("sweep: mean ablation of heads", lambda: (
+            ablate_heads(model, tokens, metric, "mean")[:, layer], stock("attn.hook_z", model.cfg.n_heads, mean_head)
+        )),
+        _measured("sweep: patching the stream", lambda: (
+            patch_resid(model, tokens, other, metric)[:, layer], stock("hook_resid_pre", tokens.shape[1], at_position)
+        )),
+    ]  # fmt: skip
 
 
-def _measured(what: str, ours: Callable, theirs: Callable) -> Finding:
+def _measured(what: str, both: Callable, tolerance: float = 1e-4, unit: str = "nats") -> Finding:
+    """What `both` gives, ours and the other, beside each other."""
     try:
-        return _difference(what, ours(), theirs(), 1e-4, "nats")
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, ValueError) or "sweeps do not follow" in str(error):  # said so, in a sentence
-            return Finding(what, f"refused: {error}")
-        return _failed(what, error)
-    except Exception as error:  # the model's own code, called as it does not expect
-        return _failed(what, error)
-
-
-def _failed(what: str, error: Exception) -> Finding:
-    return Finding(what, f"fails with {type(error).__name__}: {' '.join(str(error).split())[:150]}", False)
+        return _difference(what, *both(), tolerance, unit)
+    except Exception as error:
+        last, sentence = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
+        # Helpers refuse in a sentence; all else is a model's code that was called as it cannot be.
+        if Path(last.filename).parent.name == "helpers" and last.line.startswith("raise "):
+            return Finding(what, f"refused: {sentence}")
+        return Finding(what, f"fails with {type(error).__name__}: {sentence[:150]}", False)
 
 
 def _loss(model: TransformerBridge, tokens: Tokens, hooks: Sequence = ()) -> Float[Tensor, "prompt"]:
@@ -202,14 +199,12 @@ def _loss(model: TransformerBridge, tokens: Tokens, hooks: Sequence = ()) -> Flo
 
 def attribution(model: TransformerBridge, tokens: Tokens) -> Finding:
     """Whether what heads, MLPs and embeddings write sums to the logit."""
-    what = "logit attribution"
-    try:
+
+    def both():
         found = attribute(model, tokens, tokens[:, -1])
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
-        return Finding(what, f"refused: {' '.join(str(error).split())}")
-    written = torch.stack(list(found.written.values()))
-    size = written.abs().sum(0)
-    return _difference(what, written.sum(0) / size, found.logit / size, 1e-3, "of what is written")
+        return torch.stack(list(found.written.values())).sum(0), found.logit
+
+    return _measured("logit attribution", both, 1e-2, "of a logit")
 
 
 def weights(model: TransformerBridge) -> Finding:
@@ -218,7 +213,7 @@ def weights(model: TransformerBridge) -> Finding:
     try:
         shapes = [model.W_Q.shape, model.W_O.shape]
     except Exception as error:  # the library says so in several ways
-        return Finding("weights by head", f"refused: {' '.join(str(error).split())[:150]}")
+        return Finding("weights by head", f"refused: {str(error).split('. ')[0]}")
     head = (cfg.n_layers, cfg.n_heads)
     right = shapes == [(*head, cfg.d_model, cfg.d_head), (*head, cfg.d_head, cfg.d_model)]
     return Finding("weights by head", "there" if right else f"of unexpected shapes {shapes}", right)
