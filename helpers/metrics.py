@@ -66,11 +66,7 @@ def evaluate(model: TransformerBridge, tokens: Tokens, metric: Metric, chunk: in
 
 
 def recovery(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt *rest"]:
-    """Effects as a share of `gap`, the clean minus the corrupted metric: 1 is all of it.
-
-    The mean over prompts is mean effect / mean gap. One prompt's value is its part in that
-    ratio, linearised, so that an interval over prompts is one of the ratio: prompts whose gaps
-    differ do not widen it, and an effect equal to the gap is 1 for each of them.
+    """Effects as a share of `gap`, the clean minus the corrupted metric, by `share`.
 
     Raises:
         ValueError: the 95 % interval of the mean gap contains zero.
@@ -81,6 +77,17 @@ def recovery(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]
             f"clean and corrupted metrics differ by {mean:.2g} [{low:.2g}, {high:.2g}], an interval that contains "
             "zero: nothing is a share of that, so take prompts on which the model does the task"
         )
+    return share(effect, gap)
+
+
+def share(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt *rest"]:
+    """Effects as a share of a gap that is known to be one: 1 is all of it.
+
+    The mean over prompts is mean effect / mean gap. One prompt's value is its part in that
+    ratio, linearised, so that an interval over prompts is one of the ratio: prompts whose gaps
+    differ do not widen it, and an effect equal to the gap is 1 for each of them.
+    """
+    mean = gap.mean()
     ratio = effect.mean(0) / mean
     return ratio + (effect - ratio * gap.view(-1, *[1] * ratio.ndim)) / mean
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers.metrics import recovery
+from helpers.metrics import share
 from helpers.prompts import Prompts, derangement
 from helpers.shortformer import ShortformerModel
 
@@ -75,9 +75,9 @@ class Scrubbed(NamedTuple):
     kept: Float[Tensor, "hypothesis input"]
 
     def recovered(self, from_silence: bool = True) -> Float[Tensor, "text run"]:
-        """Loss recovered as in `metrics.recovery`: 1 is the model, 0 silence, or resampled heads as in the post."""
+        """Loss recovered as in `metrics.share`: 1 is the model, 0 silence, or resampled heads as in the post."""
         worst = self.silent_loss if from_silence else self.resampled_loss.mean(0)
-        return recovery(worst[:, None] - self.scrubbed_loss.mean(0).T, worst - self.model_loss)
+        return share(worst[:, None] - self.scrubbed_loss.mean(0).T, worst - self.model_loss)
 
 
 def why_not(model: TransformerBridge) -> str:

@@ -49,7 +49,7 @@ def test_setup_cell_and_badge_follow_the_address_in_pyproject(path):
         assert word not in setup
     title = cells(path, "markdown")[0].source
     badge = ADDRESS.replace("https://github.com/", "https://colab.research.google.com/github/")
-    assert f"({badge}/blob/main/notebooks/{path.name})" in title
+    assert f"({badge}/blob/main/workshop/student/{path.name})" in title  # where exercises are stubs
     assert title.startswith(f"# {path.stem[:2]} · ")
 
 

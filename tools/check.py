@@ -201,8 +201,8 @@ def attribution(model: TransformerBridge, tokens: Tokens) -> Finding:
     """Whether what heads, MLPs and embeddings write sums to the logit."""
 
     def both():
-        found = attribute(model, tokens, tokens[:, -1])
-        return torch.stack(list(found.written.values())).sum(0), found.logit
+        found = attribute(model, tokens, tokens[:, -1], tokens[:, 0])
+        return found.total(), found.logit
 
     return _measured("logit attribution", both, 1e-2, "of a logit")
 

@@ -1,6 +1,7 @@
 """Pages made from summaries say what these hold, bear what notebooks record anew, and refuse what was not run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
