@@ -40,7 +40,7 @@ def ablate_heads(
     """
     check_ablation(how, tokens)
     at = _resolve(position, tokens, metric)
-    sweep = Sweep(model, tokens, metric, first=_first(at), frozen=how == ABLATIONS[3])
+    sweep = Sweep(model, tokens, metric, first=at if isinstance(at, int) else None, frozen=how == ABLATIONS[3])
     return _each_head(sweep, "z", partial(replacement, how=how, seed=seed), at, tokens.shape[1])
 
 
@@ -87,7 +87,7 @@ def patch_heads(
     """
     _check_part(what, ("z", "q", "k", "v", "pattern"))
     at = _resolve(position, corrupted, metric)
-    sweep = _patching(model, corrupted, clean, metric, (what,), _first(at))
+    sweep = _patching(model, corrupted, clean, metric, (what,), at if isinstance(at, int) else None)
     return _each_head(sweep, what, _of_clean(sweep), at, corrupted.shape[1])
 
 
@@ -246,7 +246,3 @@ def _resolve(position, tokens, metric):
     if isinstance(position, str):
         raise ValueError(f"unknown position {position!r}; known: a number, 'last', 'each' or None for all")
     return position_in(tokens, position, "an edit is asked for at")
-
-
-def _first(at):
-    return at if isinstance(at, int) else None

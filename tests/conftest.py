@@ -1,5 +1,6 @@
 """Shapes in signatures are checked while the tests run; tiny models of every architecture."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["helpers", "tools"], "beartype.beartype")
 
+import pandas as pd
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from helpers import catalog, models
 
 SHORTFORMER = dict(d_model=32, n_layers=2, n_heads=4, d_head=8, n_ctx=64, d_vocab=50, shortformer_pos=True)
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
+OUTPUTS = Path(__file__).resolve().parents[1] / "outputs"
 ARCHITECTURES = ("shortformer", "gpt2", "gpt-neox", "llama", "gemma3")
 # What else a model may do: positions by head (ALiBi), a residual stream inside attention and MLP, an MLP on flattened
 # positions, capped, multiplied and divided logits.
@@ -147,6 +150,25 @@ def executed(tmp_path_factory):
         return done[path]
 
     return once
+
+
+@pytest.fixture(scope="session")
+def summary():
+    """summary(notebook, model) -> what a notebook kept, from the committed outputs."""
+
+    def read(notebook: str, model: str = catalog.DEFAULT_MODEL) -> dict:
+        path = OUTPUTS / model / notebook / "summary.json"
+        if model != catalog.DEFAULT_MODEL and not path.exists():
+            pytest.skip(f"{notebook} has no committed outputs of {model}")
+        return json.loads(path.read_text())["results"]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def table():
+    """table(notebook, name) -> one of a notebook's tables, from the committed outputs."""
+    return lambda notebook, name: pd.read_csv(OUTPUTS / catalog.DEFAULT_MODEL / notebook / f"{name}.csv")
 
 
 @pytest.fixture(scope="session")

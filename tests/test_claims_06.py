@@ -1,0 +1,74 @@
+"""Claims of notebook 06 about induction-2l, on its committed summary and tables."""
+
+from pathlib import Path
+
+import pandas as pd
+
+FOLDER_06 = Path(__file__).resolve().parents[1] / "outputs/induction-2l/06_path_analysis"
+
+
+def test_06_five_heads_of_sixteen_are_the_circuit(summary):
+    r = summary("06_path_analysis")
+    n, of = r["circuit_size_of_all"]
+    assert n < of / 2 and of == 16
+    assert r["circuit_kept"]["low"] >= 0.85
+    assert r["circuit_removed"]["high"] < 0.05  # complete: next to nothing is left
+
+
+def test_06_no_random_circuit_of_that_size_comes_near(summary):
+    r = summary("06_path_analysis")
+    assert r["random_circuits_of_its_size"]["n"] >= 20
+    assert r["best_random_circuit_of_its_size"] < 0.5 * r["circuit_kept"]["mean"]
+
+
+def test_06_each_head_of_the_circuit_is_missed(summary):
+    r = summary("06_path_analysis")
+    assert set(r["recovered_without_one"]) == set(r["circuit_heads"])
+    assert min(drop["low"] for drop in r["recovered_without_one"].values()) > 0
+
+
+def test_06_the_strongest_edge_is_from_the_previous_token_head_into_a_key(summary):
+    r = summary("06_path_analysis")
+    sender, receiver = r["strongest_key_edge"].split(" to ")
+    assert sender == r["previous_token_head"] and receiver in r["receivers"]
+    edges = pd.read_csv(FOLDER_06 / "edges.csv")
+    assert edges.loc[0, ["sender", "receiver", "through"]].tolist() == [sender, receiver, "K"]
+
+
+def test_06_other_heads_matter_through_queries_and_values(summary):
+    r = summary("06_path_analysis")
+    edges = pd.read_csv(FOLDER_06 / "edges.csv")
+    clear = edges[(edges["low"] > 0) & (edges["sender"] != r["previous_token_head"])]
+    assert {"Q", "V"} <= set(clear["through"])
+
+
+def test_06_the_query_edge_by_hand_is_not_nothing_and_agrees(summary):
+    r = summary("06_path_analysis")
+    assert r["query_edge_by_hand_nats"]["low"] > 0
+    assert r["largest_difference_from_by_hand"] < 1e-4
+
+
+def test_06_head_and_group_are_one_and_no_edge_exceeds_the_group(summary):
+    sizes = {name: value["mean"] for name, value in summary("06_path_analysis")["key_edge_of_the_group_nats"].items()}
+    head, same_edge, whole = sizes.values()
+    assert abs(head - same_edge) < 1e-4 and same_edge <= whole and same_edge > whole / 2
+
+
+def test_06_the_gradient_is_far_too_low_and_the_repairs_come_nearer(summary):
+    r = summary("06_path_analysis")
+    size, order = r["size_of_five_strongest"], r["rank_correlation"]
+    assert size["gradient"] < 0.3 < size["both repairs"] < 1.2
+    assert order["recomputed patterns"] > order["gradient"] and order["both repairs"] > order["gradient"]
+
+
+def test_06_the_head_missed_most_is_one_of_the_circuit(summary):
+    r = summary("06_path_analysis")
+    assert r["missed_head"] in r["circuit_heads"]
+    assert r["missed_head_nats"]["gradient"]["high"] < 0.3 * r["missed_head_nats"]["exact"]["low"]
+
+
+def test_06_into_the_bystander_no_edge_comes_near_the_drawn_ones(summary):
+    r = summary("06_path_analysis")
+    edges = pd.read_csv(FOLDER_06 / "edges.csv")
+    assert r["largest_edge_into_it_nats"] < 0.05 * edges["effect_nats"].max()
+    assert r["edges_above_zero_into_it"]["family-wise"] == 0

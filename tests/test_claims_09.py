@@ -1,0 +1,64 @@
+"""What notebook 09 says in words, held to the committed summary."""
+
+
+def live(summary, *names):
+    results = summary("09_training_dynamics")
+    return [results[f"live_{what}: {name}"] for what in ("induction_at_the_end", "second_copy_nats") for name in names]
+
+
+def test_09_much_is_done_where_the_gain_is_said_to_begin(summary):
+    done = summary("09_training_dynamics")["done_at_the_bend"]
+    (previous,) = (share for name, share in done.items() if "previous" in name)
+    assert previous > 0.5 and done["in-context learning"] > 0.3 and done["copy gain"] < 0.2
+
+
+def test_09_repeated_pairs_become_easier_and_nothing_else(summary):
+    results = summary("09_training_dynamics")
+    assert results["change_where_the_pair_repeats_nats"]["high"] < -1
+    elsewhere = results["change_elsewhere_nats"]
+    assert -0.15 < elsewhere["low"] and elsewhere["high"] < 0.15
+    two, one = (results[f"one_text_repeated_pairs_induction-{n}l_nats"] for n in (2, 1))
+    assert two["after"] < two["before"] - 1 and one["after"] > one["before"] - 0.2
+
+
+def test_09_the_heads_are_worth_little_before_the_mark_and_nearly_all_at_the_end(summary):
+    results = summary("09_training_dynamics")
+    before, end = (
+        {name: results[f"worth_{when}_nats: {name}"] for name in ("second copy", "held-out text")}
+        for when in ("before_the_mark", "at_the_end")
+    )
+    assert before["second copy"]["high"] < 0.1 * end["second copy"]["low"]
+    # On text they help somewhat earlier.
+    share = {name: before[name]["mean"] / end[name]["mean"] for name in before}
+    assert share["held-out text"] > 2 * share["second copy"] and before["held-out text"]["low"] > 0
+
+
+def test_09_two_layers_learn_it_live_and_one_does_not(summary):
+    two, one, loss_two, loss_one = live(summary, "two layers", "one layer")
+    assert two["n"] >= 8 and two["low"] > 0.6 and one["high"] < 0.25
+    assert loss_two["high"] < 0.5 and loss_one["low"] > 2
+
+
+def test_09_attention_to_the_token_before_starts_first_ends_later_and_is_spread(summary):
+    results = summary("09_training_dynamics")
+    assert results["live_previous_sum_after_induction_at_10_steps"]["high"] < 0
+    assert results["live_previous_sum_after_induction_at_50_steps"]["mean"] > -5
+    assert results["live_best_previous_at_the_end"]["high"] < 0.5
+    assert 0.8 < results["live_sum_previous_at_the_end"]["mean"] < 1.4
+
+
+def test_09_without_a_choice_in_layer_0_it_gets_part_of_the_way(summary):
+    two, uniform, loss_two, loss_uniform = live(summary, "two layers", "layer 0 held uniform")
+    one, _, loss_one, _ = live(summary, "one layer", "one layer")
+    assert one["high"] < uniform["low"] and uniform["high"] < 0.7 * two["low"]
+    assert loss_two["high"] + 0.5 < loss_uniform["low"] and loss_uniform["high"] < loss_one["low"]
+
+
+def test_09_a_score_that_position_earns_is_there_at_one_length_only(summary):
+    scores = summary("09_training_dynamics")["live_fixed_length_score"]
+    assert scores["16"] > 0.5 and max(score for length, score in scores.items() if length != "16") < 0.2
+
+
+def test_09_the_change_lies_before_the_learning_rate_falls(summary):
+    results = summary("09_training_dynamics")
+    assert results["gain_at_half_million_tokens"] < results["learning_rate_falls_from_million_tokens"]
