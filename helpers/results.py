@@ -77,7 +77,7 @@ class Results:
             write_atomically(self.folder / "figures" / f"{name}.png", lambda path: value.savefig(path, **options))
         elif isinstance(value, pd.DataFrame):
             self.tables.append(name)
-            options = {"index": False, "float_format": "%.6g"} | options
+            options = {"index": value.index.name is not None, "float_format": "%.6g"} | options
             write_atomically(self.folder / f"{name}.csv", lambda path: value.to_csv(path, **options))
         else:
             if isinstance(value, list) and value and all(isinstance(item, float) for item in value):

@@ -196,11 +196,13 @@ def test_heads_are_drawn_in_jupyterlab(visit, lab):
     opened.page.locator("h1").first.wait_for(timeout=60_000)
     view = opened.page.locator("[id^=circuits-vis]")
     panel = opened.page.locator(".jp-WindowedPanel-outer, .jp-Notebook").first
-    for _ in range(40):  # cells are rendered as they come into sight
+    for _ in range(150):  # cells are rendered as they come into sight
         if view.count():
             break
         panel.evaluate("panel => panel.scrollBy(0, 400)")
         opened.page.wait_for_timeout(250)
+    view.first.scroll_into_view_if_needed()
+    opened.page.wait_for_timeout(3_000)  # a view is filled after it was attached
     check_heads(view, induction_head())
     # The badge's picture is the one thing that the notebook itself names on another machine.
     assert all(url.endswith("/colab-badge.svg") for url in opened.outside())
