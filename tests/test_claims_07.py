@@ -34,9 +34,10 @@ def test_07_the_keys_by_hand_matter(summary):
 
 
 def test_07_the_embedding_in_v_and_q_is_no_better_than_the_floor(summary):
-    table = pd.read_csv(FOLDER_07 / "scrubbing_percent.csv").set_index("hypothesis")
-    assert abs(table.loc["0", "v"] - table.loc["floor", "v"]) < 3
-    assert abs(table.loc["0", "q"] - table.loc["floor", "q"]) < 3
+    table = pd.read_csv(FOLDER_07 / "scrubbing_percent.csv")
+    zero, floor = table.iloc[0], table.iloc[-1]
+    assert abs(zero["v"] - floor["v"]) < 3
+    assert abs(zero["q"] - floor["q"]) < 3
 
 
 def test_07_the_gain_is_in_hypotheses_1_and_2_and_the_last_steps_are_small(summary):
@@ -61,8 +62,9 @@ def test_07_two_tokens_beat_one_and_the_gain_over_5_is_vs(summary):
 
 
 def test_07_two_tokens_keep_far_less_of_the_key(summary):
-    kept = pd.read_csv(FOLDER_07 / "kept_share_of_distance.csv").set_index("hypothesis")
-    assert kept.loc["two tokens", "k"] < 0.5 * kept.loc["5", "k"]
+    kept = pd.read_csv(FOLDER_07 / "kept_share_of_distance.csv")
+    five, two_tokens = kept.iloc[5], kept.iloc[7]  # hypotheses 0 to 5, one token, two tokens
+    assert two_tokens["recovered"] > five["recovered"] and two_tokens["k"] < 0.5 * five["k"]
 
 
 def test_07_false_stories_recover_on_the_posts_scale_and_not_from_silence(summary):
