@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import logging
 import platform
 import tempfile
 import uuid
@@ -93,7 +94,11 @@ class Cluster:
             from distributed import Client
         except ImportError:
             raise ValueError("--scheduler needs Dask; type `pip install distributed`") from None
+        log = logging.getLogger("distributed.client")
         async with AsyncExitStack() as stack:
+            # A lost connection is one sentence of ours, not the traceback of each attempt to get it back.
+            stack.callback(log.setLevel, log.level)
+            log.setLevel(logging.CRITICAL + 1)
             try:
                 client = Client(self.address, asynchronous=True, timeout=SECONDS)
                 stack.push_async_callback(client.close)

@@ -35,7 +35,7 @@ ROWS = [
     ("heads that make the circuit", "path_analysis", ("circuit_heads",)),
     ("loss recovered when only they are kept", "path_analysis", ("circuit_kept",)),
     ("harm to repeats in text without induction heads (nats)", "in_the_wild", ("harm_on_repeats_nats",)),
-    ("share of the gain from context lost with them", "in_the_wild", ("share_of_gain_lost",)),
+    ("share of the gain from context lost with them", "in_the_wild", ("share_of_gain_lost: induction heads",)),
 ]
 
 

@@ -133,5 +133,5 @@ def test_the_atlas_leaves_checkpoints_and_seeds_to_the_other_page(outputs):
     for variant in ("induction-2l@step0", "induction-2l~seed3"):
         shutil.copytree(outputs / "induction-2l", outputs / variant)
     report.write_atlas(outputs)
-    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["induction-2l", "other"]
+    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["a", "induction-2l"]
     assert report.write_runs(outputs).exists()
