@@ -184,7 +184,6 @@ def test_shipped_checkpoints_load_and_differ():
         models.load("induction-2l@step1")
 
 
-
 def test_layout_tells_groups_and_windows(tiny):
     layouts = {name: models.layout(tiny(name)) for name in ARCHITECTURES}
     assert [layouts[name]["n_key_value_heads"] for name in ARCHITECTURES] == [4, 4, 4, 2, 1]

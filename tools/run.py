@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import operator
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="smaller batches, for models that are large for a CPU")
     parser.add_argument("--resume", action="store_true", help="only what is missing or was made from something else")
     parser.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time; default: as cores and memory allow")
+    parser.add_argument("--gpus", type=int, metavar="N", help="give each notebook one of N GPUs of this machine")
     parser.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="run on the workers of this Dask scheduler")
     parser.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
@@ -67,14 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
-    if arguments.jobs and arguments.scheduler:
-        raise ValueError("--jobs is for this machine; with --scheduler a worker takes one notebook at a time")
+    if (arguments.jobs or arguments.gpus) and arguments.scheduler:
+        raise ValueError(
+            "--jobs and --gpus are for this machine; a worker takes one notebook at a time, on the GPU that it was "
+            "started with, as in `CUDA_VISIBLE_DEVICES=0 dask worker ...`"
+        )
     models, notebooks = every_model(arguments.model), find_notebooks(arguments.notebooks)
     seeds = parse_seeds(arguments.seeds)
     jobs = plan(models, notebooks, arguments.out, dict(arguments.parameters), arguments.small, seeds)
     with claimed(jobs[0].out, {job.folder for job in jobs}):
         pass  # a folder that cannot be written is found out before anything that takes long
-    machine = Cluster(arguments.scheduler) if arguments.scheduler else ThisMachine(arguments.jobs)
+    machine = Cluster(arguments.scheduler) if arguments.scheduler else ThisMachine(arguments.jobs, gpus(arguments.gpus))
     machine.prepare(list(dict.fromkeys(job.model for job in jobs)))
     wanted = [job for job in jobs if not arguments.resume or is_outdated(job, machine.digest(job.model))]
     if len(wanted) < len(jobs):
@@ -286,10 +291,10 @@ KERNEL_BYTES, TIMES_WEIGHTS = 2**30, 4
 
 
 class ThisMachine:
-    """Kernels on this machine, so many at a time; as many as cores and memory allow by default."""
+    """Kernels on this machine, so many at a time; as many as cores and memory allow, or one a GPU, by default."""
 
-    def __init__(self, n_parallel: int | None = None):
-        self.n_parallel = n_parallel
+    def __init__(self, n_parallel: int | None = None, gpus: Sequence[str] = ()):
+        self.n_parallel, self.gpus = n_parallel or len(gpus) or None, gpus
 
     def prepare(self, models: list[str]) -> None:
         """See that every model can be loaded, before the notebooks start.
@@ -310,14 +315,37 @@ class ThisMachine:
     @asynccontextmanager
     async def ready(self) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
         """Gives the function that executes a notebook here, when there is room."""
-        places, environment = asyncio.Semaphore(self.n_parallel), kernel_environment(self.n_parallel)
+        free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+        for place in range(self.n_parallel):
+            own = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+            free.put_nowait(kernel_environment(self.n_parallel) | own)
 
         async def in_turn(text: str, parameters: dict, folder: Path, on_cell: Callable) -> Outcome:
-            async with places:
+            environment = await free.get()
+            try:
                 on_cell(0)
                 return await execute(text, parameters, folder, environment, on_cell)
+            finally:
+                free.put_nowait(environment)
 
         yield in_turn
+
+
+def gpus(wanted: int | None) -> list[str]:
+    """Names of so many of the GPUs that this process may use; none where none are wanted.
+
+    Raises:
+        ValueError: fewer than 1 are wanted, or there are not so many.
+    """
+    if wanted is None:
+        return []
+    from torch.cuda import device_count  # not at the top: it takes seconds, and only this needs it
+
+    there = device_count()
+    if not 1 <= wanted <= there:
+        raise ValueError(f"--gpus must be at least 1 and at most the {there} GPUs of this machine, not {wanted}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(i) for i in range(there)])[:wanted]
 
 
 def fitting(n_bytes: int) -> int:

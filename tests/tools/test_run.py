@@ -289,3 +289,19 @@ def test_every_seed_has_a_folder_of_its_own(notebooks, tmp_path):
         run.plan(models, run.find_notebooks(["01"], notebooks), tmp_path, {}, seeds=[0])
     with pytest.raises(ValueError, match="not both"):
         run.plan(models, run.find_notebooks(["03"], notebooks), tmp_path, {"seed": "1"}, seeds=[0])
+
+
+def test_every_notebook_gets_a_gpu_of_its_own(notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert run.gpus(None) == [] and run.gpus(1) == ["4"]
+    mark = f"\nimport os, pathlib; pathlib.Path({str(tmp_path)!r}, os.environ['CUDA_VISIBLE_DEVICES']).touch()"
+    for name in ("01_good", "02_bad"):  # both wait until the other has begun, so they are on different ones
+        wait = f"\nwhile len(list(pathlib.Path({str(tmp_path)!r}).glob('[0-9]'))) < 2: pass"
+        write_notebook(notebooks, name, good(name) + mark + wait)
+    machine = run.ThisMachine(gpus=run.gpus(2))
+    assert machine.n_parallel == 2
+    jobs = run.plan(["induction-2l"], run.find_notebooks(None, notebooks), tmp_path / "out", {})
+    assert not any(outcome.error for outcome in run.run_on(machine, jobs).values())
+    assert main(["run", "--gpus", "3", "--out", str(tmp_path / "out")]) == 2
+    assert "at most the 2 GPUs of this machine, not 3" in capsys.readouterr().err
