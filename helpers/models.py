@@ -6,7 +6,6 @@ names what was done. Shortformer models are not, because positions are added aft
 """
 
 import hashlib
-from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -52,18 +51,15 @@ def load(name: str = DEFAULT_MODEL, device: str | None = None) -> TransformerBri
     return _shared(name, pick_device(device))
 
 
-@lru_cache(maxsize=4)
-def _shared(name: str, device: str) -> TransformerBridge:
-    return read(name, device)
-
-
 def read(name: str, device: str = "cpu") -> TransformerBridge:
     """What `load` gives, but an object of the caller's own."""
     source = resolve(name)
-    if source.kind != "nanogpt":
-        return _read_folder(model_folder(name, source), name, device, source)
-    model, tokenizer = read_nanogpt(Path(source.repo))
-    return fold(lambda: wrap(deepcopy(model), tokenizer, name, device))
+    if source.kind == "nanogpt":
+        return fold(lambda: wrap(*read_nanogpt(Path(source.repo)), name, device))
+    return _read_folder(model_folder(name, source), name, device, source)
+
+
+_shared = lru_cache(maxsize=4)(read)
 
 
 def layout(model: TransformerBridge) -> dict:
@@ -92,7 +88,10 @@ def _read_folder(folder: Path, name: str, device: str, source: Source) -> Transf
     if "shortformer_pos" not in config:
         return fold(lambda: wrap(read_hugging_face(folder), tokenizer, name, device))
     if source.kind == "embedded" and source.revision:
-        weights = _checkpoint(folder.name, source.revision)
+        known = checkpoints(folder.name)
+        if source.revision not in known:
+            raise ValueError(f"{folder.name} has no checkpoint {source.revision!r}; it has {', '.join(known)}")
+        weights = known[source.revision]
     make = partial(build_shortformer, config, dequantise(load_file(weights)), name, tokenizer, device)
     if not config["shortformer_pos"]:
         return fold(make)
@@ -107,22 +106,12 @@ def check_hash(path: Path, expected: str, converted: str | None) -> None:
     Raises:
         ModelUnavailable: the file is missing or another one.
     """
+    if path.exists():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == expected:
+                return
     remedy = f"type `python -m tools convert {converted}`" if converted else "reinstall the package"
-    if not path.exists():
-        raise ModelUnavailable(f"{path} is missing; {remedy}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise ModelUnavailable(
-            f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {expected[:12]}…; {remedy}"
-        )
-
-
-def _checkpoint(model: str, label: str) -> Path:
-    known = checkpoints(model)
-    if label not in known:
-        raise ValueError(f"{model} has no checkpoint {label!r}; it has {', '.join(known)}")
-    return known[label]
+    raise ModelUnavailable(f"{path} is {'damaged' if path.exists() else 'missing'}; {remedy}")
 
 
 def _our_tokenizer(folder: Path, bos: str):

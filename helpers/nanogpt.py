@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from helpers.catalog import ModelUnavailable, hub_folder
-from helpers.hugging_face import refuse_pointer
+from helpers.hugging_face import refuse_pointer, whole
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 
 
 def read_nanogpt(path: Path) -> tuple:
@@ -38,7 +39,7 @@ def read_nanogpt(path: Path) -> tuple:
     if lacking := [name for name in SIZES if not isinstance(sizes.get(name), int)]:
         raise ValueError(f"{path}: its model_args lack {', '.join(lacking)}; add what the model was trained with")
     state = {key.removeprefix("_orig_mod."): value.float() for key, value in checkpoint["model"].items()}
-    model = build(sizes, state)
+    model = build(path, sizes, state)
     if sizes["vocab_size"] < GPT2_VOCABULARY:
         dataset = str(checkpoint.get("config", {}).get("dataset", ""))
         return model, character_tokenizer(find_characters(path, dataset, sizes["vocab_size"]))
@@ -48,7 +49,7 @@ def read_nanogpt(path: Path) -> tuple:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def build(sizes: dict, state: dict[str, Tensor]):
+def build(path: Path, sizes: dict, state: dict[str, Tensor]):
     """A `GPT2LMHeadModel` with nanoGPT's weights; absent biases are zero.
 
     Raises:
@@ -56,31 +57,17 @@ def build(sizes: dict, state: dict[str, Tensor]):
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    for key in ("lm_head.weight", "transformer.wte.weight"):
-        if key not in state:
-            raise ValueError(f"not a nanoGPT checkpoint: it lacks the weight {key!r}")
+    head, embedding = (state.get(key, torch.empty(0)) for key in ("lm_head.weight", "transformer.wte.weight"))
     config = GPT2Config(
         **{name: sizes[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
         n_positions=sizes["block_size"], activation_function="gelu", bos_token_id=None, eos_token_id=None,
-        attn_implementation="eager",
-        tie_word_embeddings=torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]),
+        tie_word_embeddings=torch.equal(head, embedding),
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    target = model.state_dict()
     # Linear layers of transformers' GPT-2 are stored the other way round.
     state = {key: value.T if key.endswith(LINEAR) else value for key, value in state.items()}
-    # Older checkpoints hold the causal mask too, under `attn.bias`.
-    extra = [key for key in state if key not in target and not key.endswith(".attn.bias")]
-    if extra:
-        raise ValueError(f"the checkpoint has weights that nanoGPT has not: {', '.join(extra[:5])}")
-    for key, value in target.items():
-        if key not in state and key.endswith(".bias"):
-            state[key] = torch.zeros_like(value)
-        if key not in state or state[key].shape != value.shape:
-            found = tuple(state[key].shape) if key in state else "none"
-            raise ValueError(f"weight {key!r} should have shape {tuple(value.shape)}; the checkpoint has {found}")
-    model.load_state_dict({key: state[key] for key in target})
-    return model.eval()
+    for key in [key for key in state if key.endswith((*LINEAR, *NORMS))]:
+        state.setdefault(key.removesuffix("weight") + "bias", torch.zeros(state[key].shape[-1]))
+    return whole(GPT2LMHeadModel, path, None, config=config, state_dict=state)
 
 
 def find_characters(path: Path, dataset: str, n: int) -> list[str]:

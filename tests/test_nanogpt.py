@@ -233,8 +233,11 @@ def test_other_files_are_refused(tmp_path):
         models.load(str(extra))
     model = Gpt(len(LETTERS))
     model.sizes["n_layer"] = 3
-    with pytest.raises(ValueError, match="h.2.*the checkpoint has none"):
+    with pytest.raises(ValueError, match="weights missing: transformer.h.2"):
         models.load(str(save(model, tmp_path / "short.pt")))
+    short = save(Gpt(len(LETTERS)), tmp_path / "context.pt", **{"transformer.wpe.weight": torch.ones(9, 64)})
+    with pytest.raises(ValueError, match="another shape: transformer.wpe.weight"):
+        models.load(str(short))
     with pytest.raises(ValueError, match="single characters"):
         nanogpt.character_tokenizer(["a", "bc"])
 
