@@ -93,11 +93,7 @@ def _read_folder(folder: Path, name: str, device: str, source: Source) -> Transf
             raise ValueError(f"{folder.name} has no checkpoint {source.revision!r}; it has {', '.join(known)}")
         weights = known[source.revision]
     make = partial(build_shortformer, config, dequantise(load_file(weights)), name, tokenizer, device)
-    if not config["shortformer_pos"]:
-        return fold(make)
-    bridge = make().eval().requires_grad_(False)
-    bridge.folded = ("value biases",)
-    return bridge
+    return make() if config["shortformer_pos"] else fold(make)
 
 
 def check_hash(path: Path, expected: str, converted: str | None) -> None:

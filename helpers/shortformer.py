@@ -126,7 +126,8 @@ def build_shortformer(
             raise ValueError(f"{name}: the weights lack {key!r}")
         converted[key] = torch.zeros_like(target[key])
     bridge.load_state_dict({key: converted[key] for key in target}, strict=True)
-    return bridge if device == "cpu" else bridge.to(device)
+    bridge.folded = ("value biases",)
+    return bridge.to(device).eval().requires_grad_(False)
 
 
 def _fold_value_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
