@@ -4,14 +4,13 @@ The layout is that of https://github.com/karpathy/nanoGPT, `train.py` and `model
 and plain values are read: neither the checkpoint nor `meta.pkl` is ever unpickled as code.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from helpers.catalog import ModelUnavailable, hub_folder
-from helpers.hugging_face import refuse_pointer, whole
+from helpers.hugging_face import read_json, refuse_pointer, whole
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -73,18 +72,18 @@ def build(path: Path, sizes: dict, state: dict[str, Tensor]):
 def find_characters(path: Path, dataset: str, n: int) -> list[str]:
     """The n characters in the order of their ids.
 
-    Looked for beside the checkpoint, then in `data/<dataset>` as nanoGPT has it: `meta.json`, a
-    list of characters or an object with nanoGPT's `stoi`; or `input.txt`, the text trained on.
+    Looked for beside the checkpoint, then in `data/<dataset>` as nanoGPT has it: `meta.json`, nanoGPT's
+    `stoi` as an object; or `input.txt`, the text trained on.
 
     Raises:
-        ValueError: the file found has another number of characters.
+        ValueError: the file found is damaged or has another number of characters.
         ModelUnavailable: there is no such file; says what to do when there is only `meta.pkl`.
     """
     folders = [path.parent, *(up / "data" / dataset for up in path.resolve().parents[:3] if dataset)]
     for file in (folder / name for folder in folders for name in ("meta.json", "input.txt")):
         if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            characters = sorted(set(text)) if file.suffix == ".txt" else _listed(json.loads(text))
+            ids = read_json(file) if file.suffix == ".json" else {c: ord(c) for c in file.read_text(encoding="utf-8")}
+            characters = sorted(ids, key=ids.get)
             if len(characters) != n:
                 raise ValueError(f"{file} has {len(characters)} different characters, the checkpoint {n}")
             return characters
@@ -98,22 +97,16 @@ def find_characters(path: Path, dataset: str, n: int) -> list[str]:
     raise ModelUnavailable(f"{path}: which character has which id is not known; {wanted}")
 
 
-def _listed(content: list | dict) -> list[str]:
-    ids = content if isinstance(content, list) else content.get("stoi", content)
-    return ids if isinstance(ids, list) else sorted(ids, key=ids.get)
-
-
 def character_tokenizer(characters: list[str]):
     """One token a character; a character outside the list is left out. BOS is the newline, else the first.
 
     Raises:
-        ValueError: an entry is not one character, or one is listed twice.
+        ValueError: an entry is not one character.
     """
     from tokenizers import Tokenizer, decoders, models
 
-    wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1 or characters.count(c) > 1]
-    if wrong:
-        raise ValueError(f"not a list of different single characters: {wrong[:5]}")
+    if wrong := [c for c in characters if len(c) != 1]:
+        raise ValueError(f"not a list of single characters: {wrong[:5]}")
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.decoder = decoders.Fuse()
     return shipped_tokenizer("\n" if "\n" in characters else characters[0], tokenizer_object=tokenizer)
