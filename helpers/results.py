@@ -66,9 +66,6 @@ class Results:
             ValueError: the value holds NaN, has more than one sample a prompt, or JSON cannot hold it.
         """
         if hasattr(value, "savefig"):
-            from matplotlib import pyplot
-
-            pyplot.close(value)  # so that a notebook shows it once, where it is given back
             options = {"format": "png", "metadata": {"Software": None}} | options
             write_atomically(self.folder / "figures" / f"{name}.png", lambda path: value.savefig(path, **options))
         elif isinstance(value, pd.DataFrame):
@@ -100,7 +97,7 @@ class Results:
             "parameters": self.parameters,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF},
             "wall_time_s": round(time.monotonic() - self.started, 1),
-            "results": _strict_json(self.notebook, self.numbers),
+            "results": self.numbers,
             "tables": list(dict.fromkeys(self.tables)),
         }
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
