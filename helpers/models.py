@@ -82,7 +82,7 @@ def _read_folder(folder: Path, name: str, device: str, source: Source) -> Transf
         raise ValueError(f"{folder} has no config.json, so it is not a model folder")
     config, weights = read_json(folder / "config.json"), folder / "model.safetensors"
     if "sha256" in config:
-        check_hash(weights, config["sha256"], name if source.kind != "embedded" else None)
+        _check_hash(weights, config["sha256"], name if source.kind != "embedded" else None)
     ours = "sha256" in config or "shortformer_pos" in config  # shipped, converted, or trained here
     tokenizer = _our_tokenizer(folder, source.bos) if ours else read_tokenizer(folder)
     if "shortformer_pos" not in config:
@@ -96,12 +96,8 @@ def _read_folder(folder: Path, name: str, device: str, source: Source) -> Transf
     return make() if config["shortformer_pos"] else fold(make)
 
 
-def check_hash(path: Path, expected: str, converted: str | None) -> None:
-    """Hold a file to its SHA-256; `converted` names the model that `tools convert` can write again.
-
-    Raises:
-        ModelUnavailable: the file is missing or another one.
-    """
+def _check_hash(path: Path, expected: str, converted: str | None) -> None:
+    """Hold a file to its SHA-256; `converted` names the model that `tools convert` can write again."""
     if path.exists():
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() == expected:

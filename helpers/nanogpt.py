@@ -22,7 +22,7 @@ def read_nanogpt(path: Path) -> tuple:
     """(`GPT2LMHeadModel`, tokenizer) of a nanoGPT checkpoint.
 
     Raises:
-        ValueError: no such file, or not a nanoGPT checkpoint.
+        ValueError: no such file, not a nanoGPT checkpoint, or names or shapes of its weights do not match.
         ModelUnavailable: its tokenizer cannot be had here.
     """
     if not path.is_file():
@@ -38,7 +38,7 @@ def read_nanogpt(path: Path) -> tuple:
     if lacking := [name for name in SIZES if not isinstance(sizes.get(name), int)]:
         raise ValueError(f"{path}: its model_args lack {', '.join(lacking)}; add what the model was trained with")
     state = {key.removeprefix("_orig_mod."): value.float() for key, value in checkpoint["model"].items()}
-    model = build(path, sizes, state)
+    model = _build(path, sizes, state)
     if sizes["vocab_size"] < GPT2_VOCABULARY:
         dataset = str(checkpoint.get("config", {}).get("dataset", ""))
         return model, character_tokenizer(find_characters(path, dataset, sizes["vocab_size"]))
@@ -48,12 +48,8 @@ def read_nanogpt(path: Path) -> tuple:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def build(path: Path, sizes: dict, state: dict[str, Tensor]):
-    """A `GPT2LMHeadModel` with nanoGPT's weights; absent biases are zero.
-
-    Raises:
-        ValueError: a weight is missing, has the wrong shape, or is none of nanoGPT's.
-    """
+def _build(path: Path, sizes: dict, state: dict[str, Tensor]):
+    """A `GPT2LMHeadModel` with nanoGPT's weights; absent biases are zero."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     head, embedding = (state.get(key, torch.empty(0)) for key in ("lm_head.weight", "transformer.wte.weight"))

@@ -135,11 +135,9 @@ def rows_at_a_time(tokens: Int[Tensor, "batch pos"]) -> int:
     return max(1, 1024 // tokens.shape[1])
 
 
-def token_losses(
-    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: int | None = None
-) -> Float[Tensor, "batch pos_1"]:
+def token_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_1"]:
     """-log p of every token but the first, in nats; entry i is the loss on token i + 1."""
-    parts = progress(tokens.split(chunk or rows_at_a_time(tokens)), "losses")
+    parts = progress(tokens.split(rows_at_a_time(tokens)), "losses")
     with torch.inference_mode():
         return torch.cat([model(part, return_type="loss", loss_per_token=True) for part in parts])
 
