@@ -83,11 +83,9 @@ def resolve(name: str) -> Source:
         return Source("nanogpt", "nanoGPT checkpoint", str(path))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return Source("hub", "Hugging Face hub", model, revision=revision or None)
-    known = ", ".join(MODELS)
-    if model in MODELS:
-        raise ValueError(f"{model} has no training checkpoints, so {name!r} is unknown; known names: {known}")
+    why = f"unknown model {name!r}" + f" ({model} has no training checkpoints)" * (model in MODELS)
     raise ValueError(
-        f"unknown model {name!r}; known names: {known}. "
+        f"{why}; known names: {', '.join(MODELS)}. "
         "A local folder, a nanoGPT ckpt.pt or a hub id written owner/name also works."
     )
 
