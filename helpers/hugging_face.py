@@ -19,7 +19,7 @@ def read_json(file: Path) -> dict:
     Raises:
         ValueError: the file is damaged, only a git-lfs pointer, or wants code of its own to be run.
     """
-    refuse_pointer(file)
+    refuse_damaged(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -31,11 +31,17 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raise a ValueError where git-lfs left a note instead of the file."""
+def refuse_damaged(file: Path) -> None:
+    """Raise a ValueError where git-lfs left a note instead of the file, or safetensors are not whole."""
     with file.open("rb") as start:
         if start.read(23) == b"version https://git-lfs":
             raise ValueError(f"{file} is a git-lfs pointer, not the file itself; type `git lfs pull` in its folder")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or not whole ({error}); fetch the file again") from error
 
 
 def read_hugging_face(folder: Path) -> torch.nn.Module:
@@ -48,7 +54,7 @@ def read_hugging_face(folder: Path) -> torch.nn.Module:
 
     _refuse_other_kinds(folder)
     for file in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
-        _refuse_damaged(file)
+        refuse_damaged(file)
     return whole(AutoModelForCausalLM, folder, folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -98,16 +104,6 @@ def _refuse_other_kinds(folder: Path) -> None:
     }
     for reason in [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(f"{folder} is a {kind} model, {reason}; the series is about decoders with attention")
-
-
-def _refuse_damaged(file: Path) -> None:
-    refuse_pointer(file)
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not whole ({error}); fetch the file again") from error
 
 
 def read_tokenizer(folder: Path):

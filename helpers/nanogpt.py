@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.catalog import ModelUnavailable, hub_folder
-from helpers.hugging_face import read_json, refuse_pointer, whole
+from helpers.hugging_face import read_json, refuse_damaged, whole
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -27,7 +27,7 @@ def read_nanogpt(path: Path) -> tuple:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    refuse_pointer(path)
+    refuse_damaged(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in as many ways as there are bytes

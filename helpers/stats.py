@@ -20,9 +20,6 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-# ---- intervals ----
-
-
 def bootstrap_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw n"]:
     """The share of each sample in each draw with replacement; a draw's mean is its row times the samples."""
     return np.random.default_rng(seed).multinomial(n, [1 / n] * n, n_resamples) / n
@@ -120,9 +117,6 @@ def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: in
     table = pd.DataFrame({"head": names} | columns).sort_values(value, ascending=False, ignore_index=True)
     table.insert(0, "rank", table.index + 1)
     return table
-
-
-# ---- losses ----
 
 
 def progress(steps: Iterable, what: str) -> Iterable:
