@@ -115,26 +115,22 @@ def repeated_tokens(
     return with_bos(model, random_tokens(model, length, batch, seed).repeat(1, copies))
 
 
-def letter_tokens(model: TransformerBridge) -> Int[Tensor, "26"]:
-    """The ids of A to Z, with a leading space where that makes each of them one known token of its own.
+def letters_task(model: TransformerBridge, n_prompts: int = 64) -> Prompts:
+    """A B n1 .. n32 A -> B over A to Z, with a leading space if the tokenizer needs it; no noise is A or B.
 
     Raises:
-        ValueError: neither form gives 26 different single tokens that the tokenizer knows.
+        ValueError: neither form of the letters is 26 different single tokens that the tokenizer knows.
     """
     for prefix in (" ", ""):
         ids = [encode(model, prefix + letter) for letter in ascii_uppercase]
         known = {i[0] for i in ids if len(i) == 1} - {model.tokenizer.unk_token_id}
         if len(known) == 26:
-            return torch.tensor(ids)[:, 0]
-    raise ValueError(f"the letters A to Z are not 26 single tokens for {model.cfg.model_name}; skip the letters task")
-
-
-def letters_task(model: TransformerBridge, n_prompts: int = 64) -> Prompts:
-    """A B n1 .. n32 A -> B over the letters A to Z; the noise never holds A or B."""
-    letters, rng = letter_tokens(model).tolist(), random.Random(42)  # as for the published numbers
-    rows = []
+            break
+    else:
+        raise ValueError(f"A to Z are not 26 single tokens for {model.cfg.model_name}; skip the letters task")
+    rng, rows = random.Random(42), []  # as for the published numbers
     for _ in range(n_prompts):
-        a, b, *others = rng.sample(letters, len(letters))
+        a, b, *others = rng.sample([i for (i,) in ids], 26)
         rows.append([a, b, *rng.choices(others, k=32), a, b])
     return _prompts(model, torch.tensor(rows))
 

@@ -110,7 +110,7 @@ def test_bos_is_an_id_that_the_model_has():
 def test_letters_that_the_tokenizer_does_not_know_are_refused():
     with pytest.raises(ValueError, match="not 26 single tokens for tiny"):
         cfg = SimpleNamespace(model_name="tiny")
-        prompts.letter_tokens(Mock(spec=TransformerBridge, tokenizer=Tokenizer(), cfg=cfg))
+        prompts.letters_task(Mock(spec=TransformerBridge, tokenizer=Tokenizer(), cfg=cfg))
 
 
 def test_derangement_leaves_nobody_in_place():
