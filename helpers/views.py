@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.plots import visible
 
 _CALL = re.compile(
-    r'CircuitsVis\.render\(\s*"(?P<id>[^"]+)",\s*CircuitsVis\.(?P<element>\w+),(?P<props>.*)\)\s*</script>', re.S
+    r'from "(?P<cdn>[^"]+)";\s*render\(\s*"(?P<id>[^"]+)",\s*(?P<element>\w+),(?P<props>.*)\)\s*</script>', re.S
 )
 
 
@@ -59,13 +59,12 @@ def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[s
 
 
 def _without_script(view) -> HTML:
-    call = _CALL.search(view.local_src)
-    online = re.search(r'from "(https:[^"]+)"', view.cdn_src)[1]
+    call = _CALL.search(view.cdn_src)
     # A token such as "</script>" or "<!--" must neither end the element nor swallow what follows it.
     props = call["props"].strip().replace("<", r"\u003c")
     # Colab puts every output into a page of its own, where only the CDN can be reached.
     return HTML(
         f'<div id="{call["id"]}" style="margin: 15px 0;"></div><script type="module">'
-        f'const cv = window.CircuitsVis ?? await import("{online}");'
+        f'const cv = window.CircuitsVis ?? await import("{call["cdn"]}");'
         f'cv.render("{call["id"]}", cv.{call["element"]}, {props})</script>'
     )
