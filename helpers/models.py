@@ -41,7 +41,6 @@ def load(name: str = DEFAULT_MODEL, device: str | None = None) -> TransformerBri
     A training checkpoint is written `induction-2l@step0`, `pythia-70m@step1000` or, by the number in
     its file's name, `attn-only-2l@1234`. One name on one device is one object, shared by all who ask for
     it until four others were loaded; sweeps leave it as it was, and so must hooks that you add.
-    `bridge.folded` says what was folded into the weights.
 
     Raises:
         ValueError: the name is neither in the table, nor a path to a model, nor a hub id; or there is a model that

@@ -19,10 +19,8 @@ PALETTE = sns.color_palette("colorblind")
 
 def use_style() -> None:
     """Fonts and lines that can be read from the back of a room; colour-blind safe cycle."""
-    sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=1.1)
-    plt.rcParams.update(
-        {"figure.dpi": 90, "savefig.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"}
-    )
+    own = {"figure.dpi": 90, "savefig.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"}
+    sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=1.1, rc=own)
 
 
 def subplots(*args, **kwargs):
