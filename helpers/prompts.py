@@ -5,7 +5,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -199,7 +199,7 @@ def source_files(packages: tuple[str, ...]) -> list[str]:
     """
     texts = {}
     for package in packages:
-        for path in Path(str(resources.files(package))).rglob("*.py"):
+        for path in Path(import_module(package).__path__[0]).rglob("*.py"):
             data = path.read_bytes()
             if 400 < len(data) < 100_000:
                 texts[hashlib.sha256(data).hexdigest()] = data
