@@ -38,7 +38,7 @@ def seconds(call: str, cache: str) -> float:
 def main():
     found = {}
     for name, source in MODELS.items():
-        if source.kind == "wheel" and wheel_files(source):
+        if source.kind == "wheel" and wheel_files(name):
             with tempfile.TemporaryDirectory() as cache:
                 convert = seconds(f"convert.ensure('{name}')", cache)
                 loads = [seconds(f"models.load('{name}', device='cpu')", cache) for _ in range(3)]

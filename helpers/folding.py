@@ -65,7 +65,7 @@ def wrap(model: torch.nn.Module, tokenizer, name: str, device: str) -> Transform
         raise ValueError(f"{name}: {kind} sees later tokens, so it is no decoder; the series is about decoders")
     if without := bridge.cfg.n_layers - len(cache):
         raise ValueError(f"{name}: {without} of {bridge.cfg.n_layers} layers of {kind} have no attention pattern")
-    return bridge
+    return bridge.eval().requires_grad_(False)
 
 
 def _settle_bos(tokenizer, d_vocab: int) -> None:
@@ -83,18 +83,17 @@ def fold(make: Callable[[], TransformerBridge]) -> TransformerBridge:
 
     One-shot and irreversible, so it belongs to loading and never into a notebook.
     """
-    bridge = make().eval().requires_grad_(False)
+    bridge = make()
     tokens, possible = probe(bridge.cfg.d_vocab).to(bridge.cfg.device), _possible(bridge)
     expected = log_probs(bridge, tokens)
     for steps in dict.fromkeys(tuple(step for step in possible if step not in left_out) for left_out in LEFT_OUT):
-        bridge = bridge or make().eval().requires_grad_(False)
         with suppress(Exception):  # as in `wrap`; the next asks for less
             _apply(bridge, steps)
             if (log_probs(bridge, tokens) - expected).abs().max() < TOLERANCE:
                 bridge.folded = steps
                 return bridge.requires_grad_(False)  # again, because new weights came in
-        bridge = None
-    bridge = make().eval().requires_grad_(False)
+        bridge = None  # memory may not hold two
+        bridge = make()
     bridge.folded = ()
     return bridge
 

@@ -17,84 +17,25 @@ def read_json(file: Path) -> dict:
     """The contents of a JSON file.
 
     Raises:
-        ValueError: the file is damaged, or only a git-lfs pointer.
+        ValueError: the file is damaged, only a git-lfs pointer, or wants code of its own to be run.
     """
-    refuse_pointer(file)
+    refuse_damaged(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object; fetch the file again")
+    if "auto_map" in content:
+        raise ValueError(f"{file} {CODE}")
     return content
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raise a ValueError where git-lfs left a note instead of the file."""
+def refuse_damaged(file: Path) -> None:
+    """Raise a ValueError where git-lfs left a note instead of the file, or safetensors are not whole."""
     with file.open("rb") as start:
         if start.read(23) == b"version https://git-lfs":
             raise ValueError(f"{file} is a git-lfs pointer, not the file itself; type `git lfs pull` in its folder")
-
-
-def read_hugging_face(folder: Path) -> torch.nn.Module:
-    """The causal language model in a folder, in single precision and with eager attention, which makes patterns.
-
-    Raises:
-        ValueError: it is another kind of model, a file is damaged, or names or shapes of weights do not match.
-    """
-    from transformers import AutoModelForCausalLM
-
-    _refuse_other_kinds(folder)
-    for file in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
-        _refuse_damaged(file)
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False,
-            key_mapping={PREFIXES: ""}, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{folder}: its pytorch_model.bin holds more than tensors, or is damaged, and a pickle can run code, "
-            "so it is not opened; save the model as safetensors"
-        ) from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
-    wrong = []
-    for kind, what in (("missing", "missing"), ("unexpected", "unexpected"), ("mismatched", "of another shape")):
-        keys = sorted(key[0] if isinstance(key, tuple) else key for key in found[f"{kind}_keys"])
-        wrong += [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"] * bool(keys)
-    if wrong:
-        raise ValueError(f"{folder}: weights {'; '.join(wrong)}; it would load as another model than was saved")
-    return model
-
-
-def _refuse_other_kinds(folder: Path) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
-
-    raw = read_json(folder / "config.json")
-    if "auto_map" in raw:
-        raise ValueError(f"{folder / 'config.json'} {CODE}")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError) as error:
-        kind = raw.get("model_type")
-        raise ValueError(f"{folder}: transformers cannot read its configuration (model_type {kind!r})") from error
-    wanted = f"{folder} is a {config.model_type} model, {{}}; the series is about decoders with attention"
-    if config.is_encoder_decoder:
-        raise ValueError(wanted.format("an encoder-decoder"))
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        raise ValueError(wanted.format("an encoder"))
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(wanted.format("not a causal language model"))
-    if getattr(config.get_text_config(), "num_attention_heads", None) is None:
-        raise ValueError(wanted.format("which has no attention heads"))
-    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    if others := [kind for kind in layers if kind not in ATTENTION]:
-        raise ValueError(wanted.format(f"whose layers are in part without attention ({others[0]})"))
-
-
-def _refuse_damaged(file: Path) -> None:
-    refuse_pointer(file)
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):
@@ -103,15 +44,74 @@ def _refuse_damaged(file: Path) -> None:
             raise ValueError(f"{file} is damaged or not whole ({error}); fetch the file again") from error
 
 
+def read_hugging_face(folder: Path) -> torch.nn.Module:
+    """The causal language model in a folder.
+
+    Raises:
+        ValueError: it is another kind of model, a file is damaged, or names or shapes of weights do not match.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _refuse_other_kinds(folder)
+    for file in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
+        refuse_damaged(file)
+    return whole(AutoModelForCausalLM, folder, folder, local_files_only=True, trust_remote_code=False)
+
+
+def whole(kind: type, source: Path, *args, **options) -> torch.nn.Module:
+    """What `kind.from_pretrained` gives, in single precision and with eager attention, which makes patterns.
+
+    Raises:
+        ValueError: it gives nothing, or weights of `source` do not match in name or shape; names three of each.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            *args, **options, dtype=torch.float32, attn_implementation="eager", key_mapping={PREFIXES: ""},
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{source}: its pytorch_model.bin holds more than tensors, or is damaged, and a pickle can run code, "
+            "so it is not opened; save the model as safetensors"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{source}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    wrong = []
+    for how, what in (("missing", "missing"), ("unexpected", "unexpected"), ("mismatched", "of another shape")):
+        keys = sorted(key[0] if isinstance(key, tuple) else key for key in found[f"{how}_keys"])
+        wrong += [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"] * bool(keys)
+    if wrong:
+        raise ValueError(f"{source}: weights {'; '.join(wrong)}; it would load as another model than was saved")
+    return model
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    kind = read_json(folder / "config.json").get("model_type")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: transformers cannot read its configuration (model_type {kind!r})") from error
+    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    others = [layer for layer in layers if layer not in ATTENTION]
+    reasons = {
+        "an encoder-decoder": config.is_encoder_decoder,
+        "an encoder": type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False),
+        "not a causal language model": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
+        "which has no attention heads": getattr(config.get_text_config(), "num_attention_heads", None) is None,
+        f"whose layers are in part without attention ({', '.join(others[:1])})": others,
+    }
+    for reason in [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(f"{folder} is a {kind} model, {reason}; the series is about decoders with attention")
+
+
 def read_tokenizer(folder: Path):
-    """The tokenizer of a folder in Hugging Face format, or None where there is none."""
+    """The tokenizer of a folder in Hugging Face format, or None where there is none; refuses as `read_json` does."""
     from transformers import AutoTokenizer
 
-    config = folder / "tokenizer_config.json"
-    if not config.exists():
+    if not (folder / "tokenizer_config.json").exists():
         return None
-    if "auto_map" in read_json(config):
-        raise ValueError(f"{config} {CODE}")
     for file in folder.glob("tokenizer*.json"):
-        refuse_pointer(file)
+        read_json(file)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -98,9 +98,9 @@ class Attribution:
 
 def attribute(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], answers: Int[Tensor, "batch"],
-    against: Int[Tensor, "batch"], position: int = -2,
+    against: Int[Tensor, "batch"],
 ) -> Attribution:  # fmt: skip
-    """The logit of `answers` less that of `against`, split by head, MLP, embedding and bias.
+    """The logit of `answers` less that of `against` at position -2, split by head, MLP, embedding and bias.
 
     The scales of the final norm and of norms between a head and the stream are those of the
     run, so that every part is linear in what it writes and all sum to the difference.
@@ -116,7 +116,7 @@ def attribute(
     names = ["blocks.0.hook_resid_pre", "ln_final.hook_scale"]
     for layer in range(model.cfg.n_layers):
         names += [f"blocks.{layer}.{name}" for name in ("attn.hook_z", "ln1_post.hook_scale", "hook_mlp_out")]
-    found, logits = _capture(model, tokens, [name for name in names if name in model.hook_dict], position)
+    found, logits = _capture(model, tokens, [name for name in names if name in model.hook_dict], -2)
     column, bias = model.W_U[:, answers] - model.W_U[:, against], model.b_U[answers] - model.b_U[against]
     logit = logits.gather(1, torch.stack([against, answers], 1)).diff().squeeze(1)
     result = Attribution(*_split(model, found, scale * column, scale * bias), logit)

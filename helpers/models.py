@@ -6,7 +6,6 @@ names what was done. Shortformer models are not, because positions are added aft
 """
 
 import hashlib
-from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def load(name: str = DEFAULT_MODEL, device: str | None = None) -> TransformerBri
     A training checkpoint is written `induction-2l@step0`, `pythia-70m@step1000` or, by the number in
     its file's name, `attn-only-2l@1234`. One name on one device is one object, shared by all who ask for
     it until four others were loaded; sweeps leave it as it was, and so must hooks that you add.
-    `bridge.folded` says what was folded into the weights.
 
     Raises:
         ValueError: the name is neither in the table, nor a path to a model, nor a hub id; or there is a model that
@@ -52,18 +50,15 @@ def load(name: str = DEFAULT_MODEL, device: str | None = None) -> TransformerBri
     return _shared(name, pick_device(device))
 
 
-@lru_cache(maxsize=4)
-def _shared(name: str, device: str) -> TransformerBridge:
-    return read(name, device)
-
-
 def read(name: str, device: str = "cpu") -> TransformerBridge:
     """What `load` gives, but an object of the caller's own."""
     source = resolve(name)
-    if source.kind != "nanogpt":
-        return _read_folder(model_folder(name, source), name, device, source)
-    model, tokenizer = read_nanogpt(Path(source.repo))
-    return fold(lambda: wrap(deepcopy(model), tokenizer, name, device))
+    if source.kind == "nanogpt":
+        return fold(lambda: wrap(*read_nanogpt(Path(source.repo)), name, device))
+    return _read_folder(model_folder(name, source), name, device, source)
+
+
+_shared = lru_cache(maxsize=4)(read)
 
 
 def layout(model: TransformerBridge) -> dict:
@@ -86,43 +81,28 @@ def _read_folder(folder: Path, name: str, device: str, source: Source) -> Transf
         raise ValueError(f"{folder} has no config.json, so it is not a model folder")
     config, weights = read_json(folder / "config.json"), folder / "model.safetensors"
     if "sha256" in config:
-        check_hash(weights, config["sha256"], name if source.kind != "embedded" else None)
+        _check_hash(weights, config["sha256"], name if source.kind != "embedded" else None)
     ours = "sha256" in config or "shortformer_pos" in config  # shipped, converted, or trained here
     tokenizer = _our_tokenizer(folder, source.bos) if ours else read_tokenizer(folder)
     if "shortformer_pos" not in config:
         return fold(lambda: wrap(read_hugging_face(folder), tokenizer, name, device))
     if source.kind == "embedded" and source.revision:
-        weights = _checkpoint(folder.name, source.revision)
+        known = checkpoints(folder.name)
+        if source.revision not in known:
+            raise ValueError(f"{folder.name} has no checkpoint {source.revision!r}; it has {', '.join(known)}")
+        weights = known[source.revision]
     make = partial(build_shortformer, config, dequantise(load_file(weights)), name, tokenizer, device)
-    if not config["shortformer_pos"]:
-        return fold(make)
-    bridge = make().eval().requires_grad_(False)
-    bridge.folded = ("value biases",)
-    return bridge
+    return make() if config["shortformer_pos"] else fold(make)
 
 
-def check_hash(path: Path, expected: str, converted: str | None) -> None:
-    """Hold a file to its SHA-256; `converted` names the model that `tools convert` can write again.
-
-    Raises:
-        ModelUnavailable: the file is missing or another one.
-    """
+def _check_hash(path: Path, expected: str, converted: str | None) -> None:
+    """Hold a file to its SHA-256; `converted` names the model that `tools convert` can write again."""
+    if path.exists():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == expected:
+                return
     remedy = f"type `python -m tools convert {converted}`" if converted else "reinstall the package"
-    if not path.exists():
-        raise ModelUnavailable(f"{path} is missing; {remedy}")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise ModelUnavailable(
-            f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {expected[:12]}…; {remedy}"
-        )
-
-
-def _checkpoint(model: str, label: str) -> Path:
-    known = checkpoints(model)
-    if label not in known:
-        raise ValueError(f"{model} has no checkpoint {label!r}; it has {', '.join(known)}")
-    return known[label]
+    raise ModelUnavailable(f"{path} is {'damaged' if path.exists() else 'missing'}; {remedy}")
 
 
 def _our_tokenizer(folder: Path, bos: str):

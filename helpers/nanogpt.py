@@ -4,30 +4,30 @@ The layout is that of https://github.com/karpathy/nanoGPT, `train.py` and `model
 and plain values are read: neither the checkpoint nor `meta.pkl` is ever unpickled as code.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from helpers.catalog import ModelUnavailable, hub_folder
-from helpers.hugging_face import refuse_pointer
+from helpers.hugging_face import read_json, refuse_damaged, whole
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+NORMS = ("ln_1.weight", "ln_2.weight", "ln_f.weight")
 
 
 def read_nanogpt(path: Path) -> tuple:
     """(`GPT2LMHeadModel`, tokenizer) of a nanoGPT checkpoint.
 
     Raises:
-        ValueError: no such file, or not a nanoGPT checkpoint.
+        ValueError: no such file, not a nanoGPT checkpoint, or names or shapes of its weights do not match.
         ModelUnavailable: its tokenizer cannot be had here.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    refuse_pointer(path)
+    refuse_damaged(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
@@ -38,7 +38,7 @@ def read_nanogpt(path: Path) -> tuple:
     if lacking := [name for name in SIZES if not isinstance(sizes.get(name), int)]:
         raise ValueError(f"{path}: its model_args lack {', '.join(lacking)}; add what the model was trained with")
     state = {key.removeprefix("_orig_mod."): value.float() for key, value in checkpoint["model"].items()}
-    model = build(sizes, state)
+    model = _build(path, sizes, state)
     if sizes["vocab_size"] < GPT2_VOCABULARY:
         dataset = str(checkpoint.get("config", {}).get("dataset", ""))
         return model, character_tokenizer(find_characters(path, dataset, sizes["vocab_size"]))
@@ -48,56 +48,38 @@ def read_nanogpt(path: Path) -> tuple:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def build(sizes: dict, state: dict[str, Tensor]):
-    """A `GPT2LMHeadModel` with nanoGPT's weights; absent biases are zero.
-
-    Raises:
-        ValueError: a weight is missing, has the wrong shape, or is none of nanoGPT's.
-    """
+def _build(path: Path, sizes: dict, state: dict[str, Tensor]):
+    """A `GPT2LMHeadModel` with nanoGPT's weights; absent biases are zero."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    for key in ("lm_head.weight", "transformer.wte.weight"):
-        if key not in state:
-            raise ValueError(f"not a nanoGPT checkpoint: it lacks the weight {key!r}")
+    head, embedding = (state.get(key, torch.empty(0)) for key in ("lm_head.weight", "transformer.wte.weight"))
     config = GPT2Config(
         **{name: sizes[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
         n_positions=sizes["block_size"], activation_function="gelu", bos_token_id=None, eos_token_id=None,
-        attn_implementation="eager",
-        tie_word_embeddings=torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]),
+        tie_word_embeddings=torch.equal(head, embedding),
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    target = model.state_dict()
     # Linear layers of transformers' GPT-2 are stored the other way round.
     state = {key: value.T if key.endswith(LINEAR) else value for key, value in state.items()}
-    # Older checkpoints hold the causal mask too, under `attn.bias`.
-    extra = [key for key in state if key not in target and not key.endswith(".attn.bias")]
-    if extra:
-        raise ValueError(f"the checkpoint has weights that nanoGPT has not: {', '.join(extra[:5])}")
-    for key, value in target.items():
-        if key not in state and key.endswith(".bias"):
-            state[key] = torch.zeros_like(value)
-        if key not in state or state[key].shape != value.shape:
-            found = tuple(state[key].shape) if key in state else "none"
-            raise ValueError(f"weight {key!r} should have shape {tuple(value.shape)}; the checkpoint has {found}")
-    model.load_state_dict({key: state[key] for key in target})
-    return model.eval()
+    for key in [key for key in state if key.endswith((*LINEAR, *NORMS))]:
+        state.setdefault(key.removesuffix("weight") + "bias", torch.zeros(state[key].shape[-1]))
+    return whole(GPT2LMHeadModel, path, None, config=config, state_dict=state)
 
 
 def find_characters(path: Path, dataset: str, n: int) -> list[str]:
     """The n characters in the order of their ids.
 
-    Looked for beside the checkpoint, then in `data/<dataset>` as nanoGPT has it: `meta.json`, a
-    list of characters or an object with nanoGPT's `stoi`; or `input.txt`, the text trained on.
+    Looked for beside the checkpoint, then in `data/<dataset>` as nanoGPT has it: `meta.json`, nanoGPT's
+    `stoi` as an object; or `input.txt`, the text trained on.
 
     Raises:
-        ValueError: the file found has another number of characters.
+        ValueError: the file found is damaged or has another number of characters.
         ModelUnavailable: there is no such file; says what to do when there is only `meta.pkl`.
     """
     folders = [path.parent, *(up / "data" / dataset for up in path.resolve().parents[:3] if dataset)]
     for file in (folder / name for folder in folders for name in ("meta.json", "input.txt")):
         if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            characters = sorted(set(text)) if file.suffix == ".txt" else _listed(json.loads(text))
+            ids = read_json(file) if file.suffix == ".json" else {c: ord(c) for c in file.read_text(encoding="utf-8")}
+            characters = sorted(ids, key=ids.get)
             if len(characters) != n:
                 raise ValueError(f"{file} has {len(characters)} different characters, the checkpoint {n}")
             return characters
@@ -111,22 +93,16 @@ def find_characters(path: Path, dataset: str, n: int) -> list[str]:
     raise ModelUnavailable(f"{path}: which character has which id is not known; {wanted}")
 
 
-def _listed(content: list | dict) -> list[str]:
-    ids = content if isinstance(content, list) else content.get("stoi", content)
-    return ids if isinstance(ids, list) else sorted(ids, key=ids.get)
-
-
 def character_tokenizer(characters: list[str]):
     """One token a character; a character outside the list is left out. BOS is the newline, else the first.
 
     Raises:
-        ValueError: an entry is not one character, or one is listed twice.
+        ValueError: an entry is not one character.
     """
     from tokenizers import Tokenizer, decoders, models
 
-    wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1 or characters.count(c) > 1]
-    if wrong:
-        raise ValueError(f"not a list of different single characters: {wrong[:5]}")
+    if wrong := [c for c in characters if len(c) != 1]:
+        raise ValueError(f"not a list of single characters: {wrong[:5]}")
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.decoder = decoders.Fuse()
     return shipped_tokenizer("\n" if "\n" in characters else characters[0], tokenizer_object=tokenizer)

@@ -19,10 +19,8 @@ PALETTE = sns.color_palette("colorblind")
 
 def use_style() -> None:
     """Fonts and lines that can be read from the back of a room; colour-blind safe cycle."""
-    sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=1.1)
-    plt.rcParams.update(
-        {"figure.dpi": 90, "savefig.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"}
-    )
+    own = {"figure.dpi": 90, "savefig.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": "medium"}
+    sns.set_theme(style="ticks", context="notebook", palette="colorblind", font_scale=1.1, rc=own)
 
 
 def subplots(*args, **kwargs):
@@ -40,14 +38,14 @@ def _limits(values, diverging: bool, top: float | None = None) -> dict:
     return {"vmin": 0, "vmax": top or 1.0, "cmap": SEQUENTIAL}
 
 
-def _every(n: int, most: int = 16) -> int:
-    return 1 + (n - 1) // most  # so many ticks can be read
+def _every(n: int) -> int:
+    return 1 + (n - 1) // 16  # so many ticks can be read
 
 
 def head_grid(
-    samples: Float[Tensor, "sample layer head"], label: str, title: str = "", diverging: bool = False, top: int = 8
+    samples: Float[Tensor, "sample layer head"], label: str, title: str = "", diverging: bool = False
 ) -> Figure:
-    """Layer by head map of the mean, beside the `top` heads with their 95 % intervals.
+    """Layer by head map of the mean, beside the eight highest heads with their 95 % intervals.
 
     `label` names the quantity and its unit. Scores are drawn from 0 to 1; effects (`diverging`)
     symmetrically about 0.
@@ -61,34 +59,29 @@ def head_grid(
     )  # fmt: skip
     left.set(xlabel="head", ylabel="layer", title=title)
     left.tick_params(axis="y", rotation=0)
-    best = head_table(samples, "mean").head(top)
-    _interval_points(right, best["head"], best, PALETTE[0])
-    right.set(xlabel=label, title=f"top {len(best)}, 95 % interval")
-    return figure
+    best = head_table(samples, "mean").head(8)
+    return intervals({"": best}, "head", label, f"top {len(best)}, 95 % interval", right)
 
 
-def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: str = "") -> Figure:
+def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: str = "", axis=None) -> Figure:
     """Means with intervals, a row for each of a table's `names` and a colour for each table.
 
     Tables have the columns `names`, "mean", "low" and "high", with the same names in each.
     """
     rows = next(iter(tables.values()))[names]
-    figure, axis = subplots(figsize=(8.5, 1.6 + 0.32 * len(rows)))
+    y = np.arange(len(rows))
+    axis = axis or subplots(figsize=(8.5, 1.6 + 0.32 * len(rows)))[1]
     for i, (name, table) in enumerate(tables.items()):
+        mean, *ends = table.set_index(names).loc[rows, ["mean", "low", "high"]].to_numpy().T
         offset = 0.5 * (i + 0.5) / len(tables) - 0.25
-        _interval_points(axis, rows, table.set_index(names).loc[rows], PALETTE[i], offset, name)
-    axis.set(xlabel=label, title=title)
-    if len(tables) > 1:
-        axis.legend(frameon=False)
-    return figure
-
-
-def _interval_points(axis, names, table: pd.DataFrame, colour, offset: float = 0.0, label: str | None = None) -> None:
-    y, spread = np.arange(len(names)), np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy())
-    axis.errorbar(table["mean"], y + offset, xerr=spread, fmt="o", ms=5, color=colour, capsize=3, label=label)
-    axis.set(yticks=y, yticklabels=names, ylim=(len(y) - 0.5, -0.5))
+        spread = np.abs(ends - mean)
+        axis.errorbar(mean, y + offset, xerr=spread, fmt="o", ms=5, color=PALETTE[i], capsize=3, label=name)
     axis.axvline(0, color="0.6", lw=1)
     axis.margins(x=0.08)
+    axis.set(yticks=y, yticklabels=rows, ylim=(len(y) - 0.5, -0.5), xlabel=label, title=title)
+    if len(tables) > 1:
+        axis.legend(frameon=False)
+    return axis.figure
 
 
 def pattern(
@@ -204,11 +197,9 @@ def token_strip(
     values = np.asarray(values, dtype=float)
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} values for {len(tokens)} tokens")
-    rows = -(-len(tokens) // per_row)
-    padded = np.full(rows * per_row, np.nan)
-    padded[: len(values)] = values
-    texts = [re.sub("·{3,}", lambda run: f"·×{len(run[0])}", visible(t)) for t in tokens]
-    texts += [""] * (len(padded) - len(tokens))
+    rows, empty = -(-len(tokens) // per_row), -len(tokens) % per_row
+    texts = [re.sub("·{3,}", lambda run: f"·×{len(run[0])}", visible(t)) for t in tokens] + [""] * empty
+    padded = np.append(values, [np.nan] * empty)
     figure, axis = subplots(figsize=(12, 0.55 * rows + 1.2))
     sns.heatmap(
         padded.reshape(rows, per_row), ax=axis, annot=np.array(texts).reshape(rows, per_row), fmt="",

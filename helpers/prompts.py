@@ -5,7 +5,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -39,11 +39,9 @@ class Pair:
 
 
 def bos_id(model: TransformerBridge) -> int:
-    """The id put at position 0: the one that the table of models names, else BOS, end of text, or token 0."""
-    tokenizer = model.tokenizer
-    ids = [getattr(model, "first_token_id", None)]
-    ids += [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")]
-    return next((i for i in ids if isinstance(i, int) and 0 <= i < model.cfg.d_vocab), 0)
+    """The id put at position 0: BOS, else end of text, else token 0."""
+    ids = [getattr(model.tokenizer, f"{role}_token_id", None) for role in ("bos", "eos")]
+    return next((i for i in ids if i is not None and i < model.cfg.d_vocab), 0)
 
 
 def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "n_ordinary"]:
@@ -56,8 +54,9 @@ def ordinary_tokens(model: TransformerBridge) -> Int[Tensor, "n_ordinary"]:
     n = min(model.cfg.d_vocab, len(model.tokenizer))
     special = {bos_id(model), *model.tokenizer.all_special_ids}
     special |= {i for i, token in model.tokenizer.added_tokens_decoder.items() if token.special}
-    texts = model.tokenizer.batch_decode([[i] for i in range(n)])
-    return torch.tensor([i for i, text in enumerate(texts) if i not in special and _is_plain(text)])
+    texts = [text.strip() for text in token_strings(model, torch.arange(n))]
+    plain = [i for i, text in enumerate(texts) if text and text.isprintable() and "\ufffd" not in text]
+    return torch.tensor([i for i in plain if i not in special])
 
 
 def fitting(model: TransformerBridge, length: int, copies: int = 2) -> int:
@@ -81,10 +80,6 @@ def derangement(n: int, seed: int | torch.Generator) -> Int[Tensor, "n"]:
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
-
-
-def _is_plain(text: str) -> bool:
-    return bool(text.strip()) and text.strip().isprintable() and "\ufffd" not in text
 
 
 def with_bos(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos_1"]:
@@ -120,27 +115,23 @@ def repeated_tokens(
     return with_bos(model, random_tokens(model, length, batch, seed).repeat(1, copies))
 
 
-def letter_tokens(model: TransformerBridge) -> Int[Tensor, "26"]:
-    """The ids of A to Z, with a leading space where that makes each of them one known token of its own.
+def letters_task(model: TransformerBridge, n_prompts: int = 64) -> Prompts:
+    """A B n1 .. n32 A -> B over A to Z, with a leading space if the tokenizer needs it; no noise is A or B.
 
     Raises:
-        ValueError: neither form gives 26 different single tokens that the tokenizer knows.
+        ValueError: neither form of the letters is 26 different single tokens that the tokenizer knows.
     """
     for prefix in (" ", ""):
         ids = [encode(model, prefix + letter) for letter in ascii_uppercase]
         known = {i[0] for i in ids if len(i) == 1} - {model.tokenizer.unk_token_id}
         if len(known) == 26:
-            return torch.tensor(ids)[:, 0]
-    raise ValueError(f"the letters A to Z are not 26 single tokens for {model.cfg.model_name}; skip the letters task")
-
-
-def letters_task(model: TransformerBridge, n_prompts: int = 64, n_noise: int = 32, seed: int = 42) -> Prompts:
-    """A B n1 .. nk A -> B over the letters A to Z; the noise never holds A or B."""
-    letters, rng = letter_tokens(model).tolist(), random.Random(seed)
-    rows = []
+            break
+    else:
+        raise ValueError(f"A to Z are not 26 single tokens for {model.cfg.model_name}; skip the letters task")
+    rng, rows = random.Random(42), []  # as for the published numbers
     for _ in range(n_prompts):
-        a, b, *others = rng.sample(letters, len(letters))
-        rows.append([a, b, *rng.choices(others, k=n_noise), a, b])
+        a, b, *others = rng.sample([i for (i,) in ids], 26)
+        rows.append([a, b, *rng.choices(others, k=32), a, b])
     return _prompts(model, torch.tensor(rows))
 
 
@@ -200,7 +191,7 @@ def token_strings(model: TransformerBridge, tokens: Int[Tensor, "pos"]) -> list[
     return model.tokenizer.batch_decode([[i] for i in tokens.tolist()])
 
 
-def source_files(packages: tuple[str, ...], min_bytes: int = 400, max_bytes: int = 100_000) -> list[str]:
+def source_files(packages: tuple[str, ...]) -> list[str]:
     """Texts of the Python files of installed packages, without repeats, ordered by content hash.
 
     Raises:
@@ -208,23 +199,17 @@ def source_files(packages: tuple[str, ...], min_bytes: int = 400, max_bytes: int
     """
     texts = {}
     for package in packages:
-        spec = find_spec(package)
-        if spec is None:
-            raise ModuleNotFoundError(f"{package} is not installed, and its source is the text asked for")
-        for path in Path(spec.submodule_search_locations[0]).rglob("*.py"):
+        for path in Path(import_module(package).__path__[0]).rglob("*.py"):
             data = path.read_bytes()
-            if min_bytes < len(data) < max_bytes:
-                texts.setdefault(hashlib.sha256(data).hexdigest(), data)
+            if 400 < len(data) < 100_000:
+                texts[hashlib.sha256(data).hexdigest()] = data
     return [texts[key].decode("utf-8", errors="replace") for key in sorted(texts)]
 
 
 def python_source(
-    model: TransformerBridge,
-    n_texts: int = 16,
-    length: int = 512,
-    seed: int = 0,
+    model: TransformerBridge, n_texts: int = 16, length: int = 512, seed: int = 0,
     packages: tuple[str, ...] = ("pandas", "seaborn"),
-) -> Int[Tensor, "n_texts length"]:
+) -> Int[Tensor, "n_texts length"]:  # fmt: skip
     """Natural text: a stretch of each of several files of packages that the embedded models never saw.
 
     Each row is BOS and `length - 1` tokens from the start of a line, file and line chosen by

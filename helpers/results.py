@@ -1,13 +1,12 @@
 """What a notebook leaves on disk: figures, tables and one `summary.json`, written atomically."""
 
 import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -20,12 +19,9 @@ VERSIONS_OF = ("torch", "transformer-lens", "transformers", "circuitsvis", "nump
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Call `write` on a temporary name beside `path`, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{uuid4().hex}{path.suffix}")
     try:
         write(temporary)
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,9 +66,6 @@ class Results:
             ValueError: the value holds NaN, has more than one sample a prompt, or JSON cannot hold it.
         """
         if hasattr(value, "savefig"):
-            from matplotlib import pyplot
-
-            pyplot.close(value)  # so that a notebook shows it once, where it is given back
             options = {"format": "png", "metadata": {"Software": None}} | options
             write_atomically(self.folder / "figures" / f"{name}.png", lambda path: value.savefig(path, **options))
         elif isinstance(value, pd.DataFrame):
@@ -104,32 +97,11 @@ class Results:
             "parameters": self.parameters,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS_OF},
             "wall_time_s": round(time.monotonic() - self.started, 1),
-            "results": _strict_json(self.notebook, self.numbers),
+            "results": self.numbers,
             "tables": list(dict.fromkeys(self.tables)),
         }
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         return table.map(lambda item: round(item, 3) if isinstance(item, float) else item)
-
-    # Older names, until the notebooks speak of `keep` alone.
-
-    def figure(self, figure, name: str) -> None:
-        from IPython.display import display
-
-        display(self.keep(name, figure))
-
-    def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        return self.keep(name, table)
-
-    def record(self, **numbers) -> None:
-        self.numbers |= numbers
-
-    def headline(self) -> pd.DataFrame:
-        return self.finish()
-
-    def say(self, text: str) -> None:
-        from IPython.display import Markdown, display
-
-        display(Markdown(text))
 
 
 def _estimated(name: str, value, options: dict):

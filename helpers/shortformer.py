@@ -119,23 +119,18 @@ def build_shortformer(
     bridge = build_bridge_from_module(
         module, "TransformerLensNative", tl_config=cfg, tokenizer=tokenizer, model_name=name
     )
-    converted = convert_tl_checkpoint(_fold_value_bias({key: value.float() for key, value in state.items()}), cfg)
-    target = bridge.state_dict()
+    converted, target = convert_tl_checkpoint(state, cfg), bridge.state_dict()
     for key in target.keys() - converted.keys():
         if not key.endswith("bias"):
             raise ValueError(f"{name}: the weights lack {key!r}")
         converted[key] = torch.zeros_like(target[key])
     bridge.load_state_dict({key: converted[key] for key in target}, strict=True)
-    return bridge if device == "cpu" else bridge.to(device)
-
-
-def _fold_value_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for key in [key for key in state if key.endswith("attn.b_V")]:
-        prefix = key.removesuffix("b_V")
-        folded = torch.einsum("hd,hdm->m", state[key], state[prefix + "W_O"])
-        state[prefix + "b_O"] = state.get(prefix + "b_O", 0) + folded
-        state[key] = torch.zeros_like(state[key])
-    return state
+    with torch.no_grad():
+        for attn in (block.attn for block in bridge.blocks):
+            attn.o.bias.add_(attn.o.weight @ attn.v.bias)
+            attn.v.bias.zero_()
+    bridge.folded = ("value biases",)
+    return bridge.to(device).eval().requires_grad_(False)
 
 
 def dequantise(state: dict[str, Tensor]) -> dict[str, Tensor]:

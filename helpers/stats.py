@@ -20,20 +20,13 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-# ---- intervals ----
-
-
-def bootstrap_weights(
-    n: int, n_resamples: int = 1000, seed: int | np.random.Generator = 0
-) -> Float[np.ndarray, "draw n"]:
+def bootstrap_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw n"]:
     """The share of each sample in each draw with replacement; a draw's mean is its row times the samples."""
     return np.random.default_rng(seed).multinomial(n, [1 / n] * n, n_resamples) / n
 
 
-def bootstrap_interval(
-    values: Samples, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
-) -> tuple[Mean, Mean, Mean]:
-    """Mean over the first axis and the ends of its interval, of the kind that the number of samples allows.
+def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
+    """Mean over the first axis and the ends of its 95 % interval, of the kind that the number of samples allows.
 
     From 20 samples the percentile bootstrap (Efron & Tibshirani 1993, chapter 13); from 5 the t
     interval, since the bootstrap is too narrow there; below 5 the smallest and largest sample.
@@ -44,19 +37,18 @@ def bootstrap_interval(
     values = _finite(values)
     n, mean = len(values), values.mean(0)
     if n < 5:
-        return np.asarray(mean), np.asarray(values.min(0)), np.asarray(values.max(0))
-    if n < 20:
-        reach = tests.t.ppf((1 + level) / 2, n - 1) * values.std(0, ddof=1) / n**0.5
-        return np.asarray(mean), np.asarray(mean - reach), np.asarray(mean + reach)
-    draws = np.tensordot(bootstrap_weights(n, n_resamples, seed), values, axes=1)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low, high = values.min(0), values.max(0)
+    elif n < 20:
+        reach = tests.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
+        low, high = mean - reach, mean + reach
+    else:
+        draws = np.tensordot(bootstrap_weights(n, n_resamples, seed), values, axes=1)
+        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     return np.asarray(mean), np.asarray(low), np.asarray(high)
 
 
-def familywise_interval(
-    values: Samples, level: float = 0.95, n_resamples: int = 1000, seed: int = 0
-) -> tuple[Mean, Mean, Mean]:
-    """Means over the first axis and intervals that hold all of them at once with probability `level`.
+def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
+    """Means over the first axis and intervals that hold all of them at once with probability 0.95.
 
     The half-width is the quantile, over bootstrap draws, of the largest studentised error of any
     member. Source: Westfall & Young 1993, "Resampling-Based Multiple Testing".
@@ -72,7 +64,7 @@ def familywise_interval(
     shift, square = (np.tensordot(weights, power, axes=1) for power in (centred, centred**2))
     # The floor keeps draws of one sample over and over, which have no spread, from dividing by zero.
     error = np.abs(shift) / np.sqrt(np.maximum(square - shift**2, 1e-6 * spread**2 + 1e-30))
-    reach = np.quantile(error.reshape(n_resamples, -1).max(1), level) * spread
+    reach = np.quantile(error.reshape(n_resamples, -1).max(1), 0.95) * spread
     return mean, mean - reach, mean + reach
 
 
@@ -127,24 +119,19 @@ def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: in
     return table
 
 
-# ---- losses ----
-
-
 def progress(steps: Iterable, what: str) -> Iterable:
     """The steps, with a bar once they have taken three seconds; where TQDM_DISABLE is set, without."""
     return tqdm(steps, desc=what, delay=3, leave=False)
 
 
-def rows_at_a_time(tokens: Int[Tensor, "batch pos"], n_tokens: int = 1024) -> int:
+def rows_at_a_time(tokens: Int[Tensor, "batch pos"]) -> int:
     """How many prompts to run together: larger activations are slower, each being allocated anew."""
-    return max(1, n_tokens // tokens.shape[1])
+    return max(1, 1024 // tokens.shape[1])
 
 
-def token_losses(
-    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: int | None = None
-) -> Float[Tensor, "batch pos_1"]:
+def token_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_1"]:
     """-log p of every token but the first, in nats; entry i is the loss on token i + 1."""
-    parts = progress(tokens.split(chunk or rows_at_a_time(tokens)), "losses")
+    parts = progress(tokens.split(rows_at_a_time(tokens)), "losses")
     with torch.inference_mode():
         return torch.cat([model(part, return_type="loss", loss_per_token=True) for part in parts])
 

@@ -8,27 +8,18 @@ import numpy as np
 import torch
 from circuitsvis.attention import attention_heads
 from circuitsvis.tokens import colored_tokens, colored_tokens_multi
+from IPython.display import HTML
 from jaxtyping import Float
 from torch import Tensor
 
 from helpers.plots import visible
 
 _CALL = re.compile(
-    r'CircuitsVis\.render\(\s*"(?P<id>[^"]+)",\s*CircuitsVis\.(?P<element>\w+),(?P<props>.*)\)\s*</script>', re.S
+    r'from "(?P<cdn>[^"]+)";\s*render\(\s*"(?P<id>[^"]+)",\s*(?P<element>\w+),(?P<props>.*)\)\s*</script>', re.S
 )
 
 
-class Html:
-    """HTML that a notebook shows."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def _repr_html_(self) -> str:
-        return self.text
-
-
-def script() -> Html:
+def script() -> HTML:
     """The CircuitsVis script from the installed package; show it once in a notebook.
 
     CircuitsVis itself inlines 1.3 MB in every view offline, and loads from a CDN online, so
@@ -37,10 +28,10 @@ def script() -> Html:
     text = (Path(circuitsvis.__file__).parent / "dist/cdn/iife.js").read_text(encoding="utf-8")
     # `</script` inside the text would end the element; the source map is not shipped with us.
     text = text.replace("</script", r"<\/script").replace("//# sourceMappingURL=iife.js.map", "")
-    return Html(f"<script>{text};window.CircuitsVis = CircuitsVis;</script>interactive views are ready")
+    return HTML(f"<script>{text};window.CircuitsVis = CircuitsVis;</script>interactive views are ready")
 
 
-def heads(attention: Float[Tensor, "head query key"], tokens: list[str], names: list[str]) -> Html:
+def heads(attention: Float[Tensor, "head query key"], tokens: list[str], names: list[str]) -> HTML:
     """Several heads' patterns; hover a head to see it, a token to follow it.
 
     Raises:
@@ -52,7 +43,7 @@ def heads(attention: Float[Tensor, "head query key"], tokens: list[str], names: 
     return _without_script(attention_heads(rounded, [visible(t) for t in tokens], names))
 
 
-def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[str] | None = None) -> Html:
+def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[str] | None = None) -> HTML:
     """A text with a value per token, or one for each of `labels` to pick from.
 
     Raises:
@@ -67,14 +58,13 @@ def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[s
     )
 
 
-def _without_script(view) -> Html:
-    call = _CALL.search(view.local_src)
-    online = re.search(r'from "(https:[^"]+)"', view.cdn_src)[1]
+def _without_script(view) -> HTML:
+    call = _CALL.search(view.cdn_src)
     # A token such as "</script>" or "<!--" must neither end the element nor swallow what follows it.
     props = call["props"].strip().replace("<", r"\u003c")
     # Colab puts every output into a page of its own, where only the CDN can be reached.
-    return Html(
+    return HTML(
         f'<div id="{call["id"]}" style="margin: 15px 0;"></div><script type="module">'
-        f'const cv = window.CircuitsVis ?? await import("{online}");'
+        f'const cv = window.CircuitsVis ?? await import("{call["cdn"]}");'
         f'cv.render("{call["id"]}", cv.{call["element"]}, {props})</script>'
     )

@@ -98,20 +98,19 @@ class Tokenizer:
 
 
 def test_bos_is_an_id_that_the_model_has():
-    def bos(tokenizer, **kwargs):
+    def bos(tokenizer):
         cfg = SimpleNamespace(d_vocab=10)
-        return prompts.bos_id(Mock(spec=TransformerBridge, tokenizer=tokenizer, cfg=cfg, **kwargs))
+        return prompts.bos_id(Mock(spec=TransformerBridge, tokenizer=tokenizer, cfg=cfg))
 
     assert bos(None) == 0 and bos(Tokenizer()) == 0
     assert bos(Tokenizer(bos_token_id=7, eos_token_id=5)) == 7
     assert bos(Tokenizer(bos_token_id=50, eos_token_id=5)) == 5
-    assert bos(Tokenizer(bos_token_id=7), first_token_id=2) == 2
 
 
 def test_letters_that_the_tokenizer_does_not_know_are_refused():
     with pytest.raises(ValueError, match="not 26 single tokens for tiny"):
         cfg = SimpleNamespace(model_name="tiny")
-        prompts.letter_tokens(Mock(spec=TransformerBridge, tokenizer=Tokenizer(), cfg=cfg))
+        prompts.letters_task(Mock(spec=TransformerBridge, tokenizer=Tokenizer(), cfg=cfg))
 
 
 def test_derangement_leaves_nobody_in_place():

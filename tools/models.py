@@ -35,7 +35,7 @@ def _state(name: str, source: Source) -> str:
     if source.kind in CONVERTED and (converted_folder(name, source) / "config.json").exists():
         return "ready"
     if source.kind == "wheel":
-        return "to be converted" if wheel_files(source) else "not installed"
+        return "to be converted" if wheel_files(name) else "not installed"
     if not _is_downloaded(source.repo):
         return "not downloaded"
     return "ready" if source.kind == "hub" else "to be converted"

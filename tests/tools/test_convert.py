@@ -67,7 +67,7 @@ def wheel(gguf, monkeypatch, empty_cache):
     gguf[0].unlink()
     source = catalog.Source("wheel", "", "tiny", sha256=convert.hashlib.sha256(data).hexdigest())
     monkeypatch.setitem(MODELS, "tiny", source)
-    monkeypatch.setattr(convert, "wheel_files", lambda source: parts)
+    monkeypatch.setattr(convert, "wheel_files", lambda name: parts)
     return parts
 
 
