@@ -23,6 +23,7 @@ Roles = dict[str, tuple[int, ...]]  # named groups of layer-0 heads
 Kinds = dict[str, Int[Tensor, "d_vocab"]]  # the kind of each token, under a name that rules use
 Rows = dict[str, Int[Tensor, "text pos"]]  # for every datum a rule may name: which text of the pool stands for it
 X, OTHER = "x", "x'"
+AT_A_TIME = 8  # texts: larger batches of patterns and residual streams are slower, not faster
 
 
 class Rule(NamedTuple):
@@ -106,7 +107,7 @@ def scrub(
         pool = TextPool(model, tokens[:, :-1], induction, roles)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         draws = (draw_rows(tokens[:, :-1], kinds or {}, generator) for _ in range(n_pairings))
-        pairings = [_losses(pool, tokens[:, -1], hypotheses, rows) for rows in draws]
+        pairings = [_pool_losses(pool, tokens[:, -1], hypotheses, rows) for rows in draws]
         results.append([torch.stack(losses).cpu() for losses in zip(*pairings)])
     model_loss, silent, resampled, scrubbed, distance = (torch.cat(parts, -1) for parts in zip(*results))
     moved, full = distance.double().sum((0, 3)).unbind(-1)
@@ -132,68 +133,109 @@ class TextPool:
 
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction, roles: Roles):
         self.model, self.induction, self.roles = model, list(induction), roles
-        names = [f"blocks.0.{name}" for name in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v")]
-        names += ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.hook_resid_post"]
-        # A few texts at a time, without logits: these and attention are the largest tensors.
-        runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=2)[1] for part in tokens.split(16)]
-        self.embedding, self.pattern, self.v, self.on_x, z, final = (torch.cat([c[n] for c in runs]) for n in names)
-        self.z_induction, self.final = z[:, -1, self.induction], final[:, -1]
+        self.positions = torch.arange(tokens.shape[1], device=tokens.device)
+        # Of layer 1 only the last position is read: its queries, and what the model need not be run for elsewhere.
+        self.read_at = {"v": self.positions, "q": self.positions[-1:], "k": self.positions}
+        hooks = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z", "hook_resid_post")
+        names = [f"blocks.0.{hook}" for hook in hooks]
+        runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=1)[1] for part in tokens.split(AT_A_TIME)]
+        self.embedding, self.pattern, self.v, self.z, self.on_x = (torch.cat([c[n] for c in runs]) for n in names)
+        everyone = range(model.cfg.n_heads)
+        z = _attend(*(self.project(kind, self.on_x[:, self.read_at[kind]], everyone) for kind in "qkv"))
+        z[:, self.induction] = 0
+        self.silent = self.on_x[:, -1] + z.flatten(1) @ model.W_O[1].flatten(0, 1) + model.b_O[1]
 
-    def residual(self, built: Input, rows: Rows, output: Callable) -> Float[Tensor, "text pos d_model"]:
-        """The residual stream before layer 1 that an input is projected from; `output(rule, head)` is `head_output`."""
-        named = {head: rule for role, rule in built.roles for head in self.roles[role]}
-        z = torch.cat([output(named.get(head, built.rest), head) for head in range(self.model.cfg.n_heads)], -1)
-        return _pick(self.embedding, rows[built.embedding]) + z @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
+    def residual(
+        self, built: Input, rows: Rows, at: Int[Tensor, "query"], output: Callable
+    ) -> Float[Tensor, "text query d_model"]:
+        """The residual stream before layer 1 that an input is projected from, at the positions `at`.
 
-    def head_output(self, rows: Rows, rule: Rule, head: int) -> Float[Tensor, "text pos d_head"]:
-        """z of one layer-0 head under a rule."""
-        pattern, v = _pick(self.pattern[:, head], rows[rule.pattern]), self.v[:, :, head]
-        other = _pick(v, rows[rule.values])
-        z = pattern @ other
+        `output(rule, heads)` is `head_outputs` with the same rows and positions.
+        """
+        z = output(built.rest, tuple(range(self.model.cfg.n_heads))).clone()
+        for role, rule in built.roles:
+            z[:, :, self.roles[role]] = output(rule, self.roles[role])
+        embedding = self.embedding[rows[built.embedding][:, at], at]
+        return embedding + z.flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
+
+    def head_outputs(
+        self, rows: Rows, at: Int[Tensor, "query"], rule: Rule, heads: tuple[int, ...]
+    ) -> Float[Tensor, "text query head d_head"]:
+        """z of layer-0 heads under one rule, at the positions `at`."""
+
+        def values(of: str, keys: Tensor) -> Tensor:
+            return self.v[rows[of][:, keys], keys][:, :, heads]
+
+        texts = rows[rule.pattern][:, at]
+        if rule.pattern == rule.values and rule.pattern in (X, OTHER):  # one text, on which the model has run
+            z = self.z[texts, at][:, :, heads]
+        else:
+            pattern = self.pattern[:, heads][texts, :, at]
+            z = torch.einsum("bqhk,bkhd->bqhd", pattern, values(rule.values, self.positions))
         for offset in rule.from_x:
-            n = z.shape[1] - offset
-            weight = pattern.diagonal(-offset, 1, 2)[..., None]  # [text, query from offset, 1]
+            keys = (at - offset).clamp(min=0)
+            weight = self.pattern[texts, :, at, keys][..., heads] * (at >= offset)[:, None]  # [text, query, head]
             weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
-            z[:, offset:].addcmul_(weight, v[:, :n] - other[:, :n])
+            z = z + weight[..., None] * (values(X, keys) - values(rule.values, keys))
         return z
 
-    def project(self, kind: str, residual: Float[Tensor, "text pos d_model"]) -> Float[Tensor, "text pos head d_head"]:
-        """Queries, keys or values of the induction heads from a residual stream before layer 1."""
+    def project(
+        self, kind: str, residual: Float[Tensor, "text query d_model"], heads: Sequence[int]
+    ) -> Float[Tensor, "text query head d_head"]:
+        """Queries, keys or values of layer-1 heads from the residual stream before them, where they are read."""
         x = self.model.blocks[1].ln1(residual)
         if kind != "v" and isinstance(self.model.original_model, ShortformerModel):
-            x = x + self.model.W_pos[: x.shape[1]]
-        weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][self.induction] for letter in "Wb")
+            x = x + self.model.W_pos[self.read_at[kind]]
+        weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][list(heads)] for letter in "Wb")
         return torch.einsum("bqm,hmd->bqhd", x, weight) + bias
 
-    def loss(self, z: Float[Tensor, "text head d_head"], answers: Int[Tensor, "text"]) -> Float[Tensor, "text"]:
-        """Loss (nats) when `z` is what the induction heads give at the last position."""
-        change = (z - self.z_induction).flatten(1) @ self.model.W_O[1][self.induction].flatten(0, 1)
-        logits = self.model.unembed(self.model.ln_final((self.final + change)[:, None]))[:, 0]
+    def loss(
+        self, z: Float[Tensor, "text head d_head"], answers: Int[Tensor, "text"], texts: Int[Tensor, "text"]
+    ) -> Float[Tensor, "text"]:
+        """Loss (nats) when `z` is what the induction heads give at the last position of these texts of the pool."""
+        final = self.silent[texts] + z.flatten(1) @ self.model.W_O[1][self.induction].flatten(0, 1)
+        logits = self.model.unembed(self.model.ln_final(final[:, None]))[:, 0]
         return F.cross_entropy(logits, answers, reduction="none")
 
 
-def _pick(tensor: Tensor, row: Int[Tensor, "text pos"]):
-    """tensor[row[text, pos], pos]: what each position has in the text that stands for its own."""
-    return tensor[row, torch.arange(row.shape[1], device=row.device)]
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "text head d_head"]:
+    """z at the last position, whose query stands alone in `q`."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))[:, :, 0]
+
+
+def _pool_losses(pool: TextPool, answers, hypotheses, rows: Rows) -> list[Tensor]:
+    """`_losses` of all texts of a pool, a few at a time."""
+    parts = zip(*(row.split(AT_A_TIME) for row in rows.values()))
+    losses = [_losses(pool, answers, hypotheses, dict(zip(rows, part))) for part in parts]
+    return [torch.cat(kind, -1) for kind in zip(*losses)]
 
 
 def _losses(pool: TextPool, answers, hypotheses, rows: Rows) -> tuple[Tensor, ...]:
-    """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text]."""
-    output = cache(partial(pool.head_output, rows))
+    """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text].
+
+    The texts are those that `rows` has a line for.
+    """
+    texts, whole = rows[X][:, 0], {UNSCRUBBED: X, RESAMPLED: OTHER}
+    outputs = {kind: cache(partial(pool.head_outputs, rows, pool.read_at[kind])) for kind in "vq"}
+    outputs["k"] = outputs["v"]  # both are read everywhere
 
     @cache
     def projected(kind: str, built: Input) -> tuple[Tensor, Tensor]:
-        at = slice(-1, None) if kind == "q" else slice(None)  # queries matter at the last position only
-        residual = pool.residual(built, rows, output)
-        return pool.project(kind, residual)[:, at], (residual - pool.on_x)[:, at].square().sum((1, 2))
+        def on(text):
+            return pool.on_x[rows[text][:, at], at]
+
+        at = pool.read_at[kind]
+        residual = on(whole[built]) if built in whole else pool.residual(built, rows, at, outputs[kind])
+        return pool.project(kind, residual, pool.induction), (residual - on(X)).square().sum((1, 2))
 
     def loss(**inputs: Input) -> Tensor:
-        q, k, v = (projected(kind, inputs.get(kind, UNSCRUBBED))[0].transpose(1, 2) for kind in "qkv")
-        return pool.loss(F.scaled_dot_product_attention(q, k, v)[:, :, 0], answers)
+        z = _attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv"))
+        return pool.loss(z, answers[texts], texts)
 
     inputs = [{kind: getattr(hypothesis, kind) for kind in "vqk"} for hypothesis in hypotheses]
     runs = [loss(**part) for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
     pairs = [(kind, built) for all_three in inputs for kind, built in all_three.items()]
     distances = [torch.stack([projected(kind, i)[1] for i in (built, RESAMPLED)]) for kind, built in pairs]
-    ends = loss(), pool.loss(torch.zeros_like(pool.z_induction), answers), loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)
+    nothing = pool.silent.new_zeros(len(texts), len(pool.induction), pool.model.cfg.d_head)
+    ends = loss(), pool.loss(nothing, answers[texts], texts), loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)
     return *ends, torch.stack(runs), torch.stack(distances)

@@ -177,7 +177,8 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_every_path_term_is_the_direct_one(name, state, prompts, pool, rows):
     tokens = prompts.tokens[:, :-1]
-    built = pool.residual(PARTS[name], rows, partial(pool.head_output, rows))
+    at = pool.positions
+    built = pool.residual(PARTS[name], rows, at, partial(pool.head_outputs, rows, at))
     direct = torch.stack(
         [
             torch.stack([direct_residual(state, tokens, t, p, PARTS[name], rows) for p in range(LENGTH)])
@@ -241,7 +242,8 @@ def test_the_fully_scrubbed_input_recovers_nothing_and_the_unscrubbed_one_everyt
 
 def test_offset_masks_sum_to_the_causal_mask(pool, rows):
     every_offset = Rule(X, OTHER, from_x=tuple(range(LENGTH)))
-    rebuilt = pool.residual(Input(X, every_offset), rows, partial(pool.head_output, rows))
+    at = pool.positions
+    rebuilt = pool.residual(Input(X, every_offset), rows, at, partial(pool.head_outputs, rows, at))
     assert (rebuilt - pool.on_x).abs().max() < 1e-5
     masks = sum(torch.ones(LENGTH, LENGTH).tril(-m).triu(-m) for m in range(LENGTH))
     assert torch.equal(masks, torch.ones(LENGTH, LENGTH).tril())
