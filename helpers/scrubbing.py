@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -75,6 +75,11 @@ class Scrubbed(NamedTuple):
     scrubbed_loss: Float[Tensor, "pairing run text"]
     kept: Float[Tensor, "hypothesis input"]
 
+    @property
+    def worth(self) -> Float[Tensor, "text"]:
+        """What the induction heads save: the loss with them silent minus the model's, in nats."""
+        return self.silent_loss - self.model_loss
+
     def recovered(self, from_silence: bool = True) -> Float[Tensor, "text run"]:
         """Loss recovered as in `metrics.share`: 1 is the model, 0 silence, or resampled heads as in the post."""
         worst = self.silent_loss if from_silence else self.resampled_loss.mean(0)
@@ -90,6 +95,23 @@ def why_not(model: TransformerBridge) -> str:
     return f"{cfg.model_name} has {found}; the rewrite is for two layers of attention with positions of their own"
 
 
+def contexts(texts: Int[Tensor, "text pos"], allowed: Bool[Tensor, "d_vocab"], length: int, seed: int = 0) -> Prompts:
+    """From each text a context of `length` tokens, BOS first, that ends on an allowed token; the next is the answer.
+
+    Raises ValueError where no text has an allowed token at position `length` - 1 or later.
+    """
+    generator, found = torch.Generator().manual_seed(seed), []
+    for text in texts.cpu():
+        ends = length - 1 + allowed[text[length - 1 : -1]].nonzero()[:, 0]
+        if len(ends):
+            end = int(ends[torch.randint(len(ends), (), generator=generator)])
+            found.append(torch.cat([text[:1], text[end - length + 2 : end + 2]]))
+    if not found:
+        raise ValueError(f"none of {len(texts)} texts has an allowed token at position {length - 1} or later")
+    tokens = torch.stack(found).to(texts.device)
+    return Prompts(tokens, tokens[:, -1])
+
+
 @torch.inference_mode()
 def scrub(
     model: TransformerBridge, prompts: Prompts, hypotheses: Sequence[Hypothesis], induction: Sequence[int],
@@ -102,14 +124,16 @@ def scrub(
     """
     if reason := why_not(model) or ("1 text has no other to be paired with" if len(prompts.tokens) < 2 else ""):
         raise ValueError(reason)
-    pools, results = prompts.tokens.tensor_split(-(-len(prompts.tokens) // pool_size)), []
+    pools, found = prompts.tokens.tensor_split(-(-len(prompts.tokens) // pool_size)), [[] for _ in range(n_pairings)]
     for index, tokens in enumerate(pools):
         pool = TextPool(model, tokens[:, :-1], induction, roles)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        draws = (draw_rows(tokens[:, :-1], kinds or {}, generator) for _ in range(n_pairings))
-        pairings = [_pool_losses(pool, tokens[:, -1], hypotheses, rows) for rows in draws]
-        results.append([torch.stack(losses).cpu() for losses in zip(*pairings)])
-    model_loss, silent, resampled, scrubbed, distance = (torch.cat(parts, -1) for parts in zip(*results))
+        for losses in found:
+            rows = draw_rows(tokens[:, :-1], kinds or {}, generator)
+            parts = zip(*(row.split(AT_A_TIME) for row in rows.values()))
+            losses += [_losses(pool, tokens[:, -1], hypotheses, dict(zip(rows, part))) for part in parts]
+    pairings = [[torch.cat(parts, -1) for parts in zip(*losses)] for losses in found]
+    model_loss, silent, resampled, scrubbed, distance = (torch.stack(parts).cpu() for parts in zip(*pairings))
     moved, full = distance.double().sum((0, 3)).unbind(-1)
     runs = [(h.name, part) for h in hypotheses for part in ("v", "q", "k", "all")]
     return Scrubbed(runs, model_loss[0], silent[0], resampled, scrubbed, (1 - moved / full).view(-1, 3))
@@ -129,73 +153,68 @@ def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, generator: torch.Ge
 
 
 class TextPool:
-    """What a model computes on a pool of texts, from which the inputs of its induction heads are built."""
+    """What a model computes on a pool of texts, from which the inputs of its induction heads are built.
+
+    `rows` of one column, the last, stand for the last position; residual streams are built there alone.
+    """
 
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction, roles: Roles):
         self.model, self.induction, self.roles = model, list(induction), roles
-        self.positions = torch.arange(tokens.shape[1], device=tokens.device)
-        # Of layer 1 only the last position is read: its queries, and what the model need not be run for elsewhere.
-        self.read_at = {"v": self.positions, "q": self.positions[-1:], "k": self.positions}
+        self.positions, everyone = torch.arange(tokens.shape[1], device=tokens.device), range(model.cfg.n_heads)
         hooks = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z", "hook_resid_post")
         names = [f"blocks.0.{hook}" for hook in hooks]
         runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=1)[1] for part in tokens.split(AT_A_TIME)]
         self.embedding, self.pattern, self.v, self.z, self.on_x = (torch.cat([c[n] for c in runs]) for n in names)
-        everyone = range(model.cfg.n_heads)
-        z = _attend(*(self.project(kind, self.on_x[:, self.read_at[kind]], everyone) for kind in "qkv"))
+        read = {"q": self.on_x[:, -1:], "k": self.on_x, "v": self.on_x}  # only the last position attends
+        z = _attend(*(self.project(kind, stream, everyone) for kind, stream in read.items()))
         z[:, self.induction] = 0
         self.silent = self.on_x[:, -1] + z.flatten(1) @ model.W_O[1].flatten(0, 1) + model.b_O[1]
 
-    def residual(
-        self, built: Input, rows: Rows, at: Int[Tensor, "query"], output: Callable
-    ) -> Float[Tensor, "text query d_model"]:
-        """The residual stream before layer 1 that an input is projected from, at the positions `at`.
-
-        `output(rule, heads)` is `head_outputs` with the same rows and positions.
-        """
+    def residual(self, built: Input, rows: Rows, output: Callable) -> Float[Tensor, "text pos d_model"]:
+        """The residual stream before layer 1 that an input is projected from; `output` is `head_outputs` on `rows`."""
         z = output(built.rest, tuple(range(self.model.cfg.n_heads))).clone()
         for role, rule in built.roles:
             z[:, :, self.roles[role]] = output(rule, self.roles[role])
-        embedding = self.embedding[rows[built.embedding][:, at], at]
+        embedding = _pick(self.embedding, rows[built.embedding])
         return embedding + z.flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
 
-    def head_outputs(
-        self, rows: Rows, at: Int[Tensor, "query"], rule: Rule, heads: tuple[int, ...]
-    ) -> Float[Tensor, "text query head d_head"]:
-        """z of layer-0 heads under one rule, at the positions `at`."""
+    def head_outputs(self, rows: Rows, rule: Rule, heads: tuple[int, ...]) -> Float[Tensor, "text pos head d_head"]:
+        """z of layer-0 heads under a rule."""
 
         def values(of: str, keys: Tensor) -> Tensor:
-            return self.v[rows[of][:, keys], keys][:, :, heads]
+            return self.v[rows[of][:, :1], keys][:, :, heads]
 
-        texts = rows[rule.pattern][:, at]
+        row, at = rows[rule.pattern], self.positions[-rows[X].shape[1] :]
         if rule.pattern == rule.values and rule.pattern in (X, OTHER):  # one text, on which the model has run
-            z = self.z[texts, at][:, :, heads]
+            z = _pick(self.z, row)[:, :, heads]
         else:
-            pattern = self.pattern[:, heads][texts, :, at]
+            pattern = self.pattern[:, heads][row, :, at]
             z = torch.einsum("bqhk,bkhd->bqhd", pattern, values(rule.values, self.positions))
         for offset in rule.from_x:
             keys = (at - offset).clamp(min=0)
-            weight = self.pattern[texts, :, at, keys][..., heads] * (at >= offset)[:, None]  # [text, query, head]
+            weight = self.pattern[row, :, at, keys][..., heads] * (at >= offset)[:, None]  # [text, query, head]
             weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
             z = z + weight[..., None] * (values(X, keys) - values(rule.values, keys))
         return z
 
-    def project(
-        self, kind: str, residual: Float[Tensor, "text query d_model"], heads: Sequence[int]
-    ) -> Float[Tensor, "text query head d_head"]:
-        """Queries, keys or values of layer-1 heads from the residual stream before them, where they are read."""
-        x = self.model.blocks[1].ln1(residual)
+    def project(self, kind: str, residual: Float[Tensor, "text pos d_model"], heads) -> Float[Tensor, "text pos n d"]:
+        """Queries, keys or values of layer-1 heads from the residual stream before them, to its last position."""
+        x, end = self.model.blocks[1].ln1(residual), len(self.positions)
         if kind != "v" and isinstance(self.model.original_model, ShortformerModel):
-            x = x + self.model.W_pos[self.read_at[kind]]
+            x = x + self.model.W_pos[end - x.shape[1] : end]
         weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][list(heads)] for letter in "Wb")
         return torch.einsum("bqm,hmd->bqhd", x, weight) + bias
 
-    def loss(
-        self, z: Float[Tensor, "text head d_head"], answers: Int[Tensor, "text"], texts: Int[Tensor, "text"]
-    ) -> Float[Tensor, "text"]:
+    def loss(self, z: Float[Tensor, "text head d_head"], answers, texts) -> Float[Tensor, "text"]:
         """Loss (nats) when `z` is what the induction heads give at the last position of these texts of the pool."""
         final = self.silent[texts] + z.flatten(1) @ self.model.W_O[1][self.induction].flatten(0, 1)
         logits = self.model.unembed(self.model.ln_final(final[:, None]))[:, 0]
-        return F.cross_entropy(logits, answers, reduction="none")
+        return F.cross_entropy(logits, answers[texts], reduction="none")
+
+
+def _pick(tensor: Tensor, row: Int[Tensor, "text pos"]):
+    """tensor[row[text, pos], pos], to the last position: what each has in the text that stands for its own."""
+    return tensor[row, torch.arange(tensor.shape[1], device=row.device)[-row.shape[1] :]]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "text head d_head"]:
@@ -203,39 +222,25 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "text head d_head"
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))[:, :, 0]
 
 
-def _pool_losses(pool: TextPool, answers, hypotheses, rows: Rows) -> list[Tensor]:
-    """`_losses` of all texts of a pool, a few at a time."""
-    parts = zip(*(row.split(AT_A_TIME) for row in rows.values()))
-    losses = [_losses(pool, answers, hypotheses, dict(zip(rows, part))) for part in parts]
-    return [torch.cat(kind, -1) for kind in zip(*losses)]
-
-
 def _losses(pool: TextPool, answers, hypotheses, rows: Rows) -> tuple[Tensor, ...]:
-    """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text].
-
-    The texts are those that `rows` has a line for.
-    """
-    texts, whole = rows[X][:, 0], {UNSCRUBBED: X, RESAMPLED: OTHER}
-    outputs = {kind: cache(partial(pool.head_outputs, rows, pool.read_at[kind])) for kind in "vq"}
-    outputs["k"] = outputs["v"]  # both are read everywhere
+    """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text]."""
+    last = {name: row[:, -1:] for name, row in rows.items()}  # queries matter at the last position only
+    sources = [(where, cache(partial(pool.head_outputs, where))) for where in (rows, last)]
 
     @cache
     def projected(kind: str, built: Input) -> tuple[Tensor, Tensor]:
-        def on(text):
-            return pool.on_x[rows[text][:, at], at]
-
-        at = pool.read_at[kind]
-        residual = on(whole[built]) if built in whole else pool.residual(built, rows, at, outputs[kind])
-        return pool.project(kind, residual, pool.induction), (residual - on(X)).square().sum((1, 2))
+        where, output = sources[kind == "q"]
+        recorded = {built: _pick(pool.on_x, where[of]) for built, of in ((UNSCRUBBED, X), (RESAMPLED, OTHER))}
+        residual = recorded[built] if built in recorded else pool.residual(built, where, output)
+        return pool.project(kind, residual, pool.induction), (residual - recorded[UNSCRUBBED]).square().sum((1, 2))
 
     def loss(**inputs: Input) -> Tensor:
-        z = _attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv"))
-        return pool.loss(z, answers[texts], texts)
+        return lost(_attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv")))
 
+    lost = partial(pool.loss, answers=answers, texts=rows[X][:, 0])
     inputs = [{kind: getattr(hypothesis, kind) for kind in "vqk"} for hypothesis in hypotheses]
     runs = [loss(**part) for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
     pairs = [(kind, built) for all_three in inputs for kind, built in all_three.items()]
     distances = [torch.stack([projected(kind, i)[1] for i in (built, RESAMPLED)]) for kind, built in pairs]
-    nothing = pool.silent.new_zeros(len(texts), len(pool.induction), pool.model.cfg.d_head)
-    ends = loss(), pool.loss(nothing, answers[texts], texts), loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)
-    return *ends, torch.stack(runs), torch.stack(distances)
+    silent = lost(torch.zeros_like(projected("q", UNSCRUBBED)[0][:, 0]))
+    return loss(), silent, loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED), torch.stack(runs), torch.stack(distances)
