@@ -205,11 +205,11 @@ class TextPool:
         weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][list(heads)] for letter in "Wb")
         return torch.einsum("bqm,hmd->bqhd", x, weight) + bias
 
-    def loss(self, z: Float[Tensor, "text head d_head"], answers, texts) -> Float[Tensor, "text"]:
-        """Loss (nats) when `z` is what the induction heads give at the last position of these texts of the pool."""
-        final = self.silent[texts] + z.flatten(1) @ self.model.W_O[1][self.induction].flatten(0, 1)
-        logits = self.model.unembed(self.model.ln_final(final[:, None]))[:, 0]
-        return F.cross_entropy(logits, answers[texts], reduction="none")
+    def loss(self, z: Float[Tensor, "run text head d_head"], answers, texts) -> Float[Tensor, "run text"]:
+        """Losses (nats) when `z` is what the induction heads give at the last position of these texts of the pool."""
+        final = self.silent[texts] + z.flatten(2) @ self.model.W_O[1][self.induction].flatten(0, 1)
+        logits = self.model.unembed(self.model.ln_final(final))
+        return F.cross_entropy(logits.transpose(1, 2), answers[texts].expand(len(z), -1), reduction="none")
 
 
 def _pick(tensor: Tensor, row: Int[Tensor, "text pos"]):
@@ -234,13 +234,14 @@ def _losses(pool: TextPool, answers, hypotheses, rows: Rows) -> tuple[Tensor, ..
         residual = recorded[built] if built in recorded else pool.residual(built, where, output)
         return pool.project(kind, residual, pool.induction), (residual - recorded[UNSCRUBBED]).square().sum((1, 2))
 
-    def loss(**inputs: Input) -> Tensor:
-        return lost(_attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv")))
+    def attended(**inputs: Input) -> Tensor:
+        return _attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv"))
 
-    lost = partial(pool.loss, answers=answers, texts=rows[X][:, 0])
     inputs = [{kind: getattr(hypothesis, kind) for kind in "vqk"} for hypothesis in hypotheses]
-    runs = [loss(**part) for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
+    parts = [part for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
+    on_x = attended()
+    z = [on_x, torch.zeros_like(on_x), attended(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)]
+    losses = pool.loss(torch.stack(z + [attended(**part) for part in parts]), answers, rows[X][:, 0])
     pairs = [(kind, built) for all_three in inputs for kind, built in all_three.items()]
     distances = [torch.stack([projected(kind, i)[1] for i in (built, RESAMPLED)]) for kind, built in pairs]
-    silent = lost(torch.zeros_like(projected("q", UNSCRUBBED)[0][:, 0]))
-    return loss(), silent, loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED), torch.stack(runs), torch.stack(distances)
+    return *losses[:3], losses[3:], torch.stack(distances)

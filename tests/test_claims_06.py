@@ -62,9 +62,13 @@ def test_06_the_gradient_is_far_too_low_and_each_repair_mends_one_thing():
     assert 0.6 < size["both repairs"] < 1.2 and order["both repairs"] > order["gradient"] > 0.6
 
 
-def test_06_the_circuits_of_the_shortcuts_are_nearly_as_good(summary):
-    shares = summary("06_path_analysis")["recovered_at_its_size"]
-    assert min(shares.values()) > shares["exact sweep"] - 0.1
+def test_06_the_circuits_of_the_shortcuts_are_near_at_its_size_and_two_fall_behind_below(summary):
+    picked = pd.read_csv(FOLDER_06 / "picked.csv").set_index("heads_kept")
+    size = summary("06_path_analysis")["circuit_size_of_all"][0]
+    assert picked.loc[size].min() > picked.loc[size, "exact sweep"] - 0.1
+    fewer = picked.loc[size - 1]
+    assert fewer[["gradient", "recomputed patterns"]].max() < fewer["exact sweep"] - 0.15
+    assert fewer[["integrated", "both repairs"]].min() > fewer["exact sweep"] - 0.05
 
 
 def test_06_the_head_missed_most_is_one_of_the_circuit(summary):
