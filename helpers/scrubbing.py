@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -23,6 +23,7 @@ Roles = dict[str, tuple[int, ...]]  # named groups of layer-0 heads
 Kinds = dict[str, Int[Tensor, "d_vocab"]]  # the kind of each token, under a name that rules use
 Rows = dict[str, Int[Tensor, "text pos"]]  # for every datum a rule may name: which text of the pool stands for it
 X, OTHER = "x", "x'"
+AT_A_TIME = 8  # texts: larger batches of patterns and residual streams are slower, not faster
 
 
 class Rule(NamedTuple):
@@ -74,6 +75,11 @@ class Scrubbed(NamedTuple):
     scrubbed_loss: Float[Tensor, "pairing run text"]
     kept: Float[Tensor, "hypothesis input"]
 
+    @property
+    def worth(self) -> Float[Tensor, "text"]:
+        """What the induction heads save: the loss with them silent minus the model's, in nats."""
+        return self.silent_loss - self.model_loss
+
     def recovered(self, from_silence: bool = True) -> Float[Tensor, "text run"]:
         """Loss recovered as in `metrics.share`: 1 is the model, 0 silence, or resampled heads as in the post."""
         worst = self.silent_loss if from_silence else self.resampled_loss.mean(0)
@@ -89,6 +95,23 @@ def why_not(model: TransformerBridge) -> str:
     return f"{cfg.model_name} has {found}; the rewrite is for two layers of attention with positions of their own"
 
 
+def contexts(texts: Int[Tensor, "text pos"], allowed: Bool[Tensor, "d_vocab"], length: int, seed: int = 0) -> Prompts:
+    """From each text a context of `length` tokens, BOS first, that ends on an allowed token; the next is the answer.
+
+    Raises ValueError where no text has an allowed token at position `length` - 1 or later.
+    """
+    generator, found = torch.Generator().manual_seed(seed), []
+    for text in texts.cpu():
+        ends = length - 1 + allowed[text[length - 1 : -1]].nonzero()[:, 0]
+        if len(ends):
+            end = int(ends[torch.randint(len(ends), (), generator=generator)])
+            found.append(torch.cat([text[:1], text[end - length + 2 : end + 2]]))
+    if not found:
+        raise ValueError(f"none of {len(texts)} texts has an allowed token at position {length - 1} or later")
+    tokens = torch.stack(found).to(texts.device)
+    return Prompts(tokens, tokens[:, -1])
+
+
 @torch.inference_mode()
 def scrub(
     model: TransformerBridge, prompts: Prompts, hypotheses: Sequence[Hypothesis], induction: Sequence[int],
@@ -101,14 +124,16 @@ def scrub(
     """
     if reason := why_not(model) or ("1 text has no other to be paired with" if len(prompts.tokens) < 2 else ""):
         raise ValueError(reason)
-    pools, results = prompts.tokens.tensor_split(-(-len(prompts.tokens) // pool_size)), []
+    pools, found = prompts.tokens.tensor_split(-(-len(prompts.tokens) // pool_size)), [[] for _ in range(n_pairings)]
     for index, tokens in enumerate(pools):
         pool = TextPool(model, tokens[:, :-1], induction, roles)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        draws = (draw_rows(tokens[:, :-1], kinds or {}, generator) for _ in range(n_pairings))
-        pairings = [_losses(pool, tokens[:, -1], hypotheses, rows) for rows in draws]
-        results.append([torch.stack(losses).cpu() for losses in zip(*pairings)])
-    model_loss, silent, resampled, scrubbed, distance = (torch.cat(parts, -1) for parts in zip(*results))
+        for losses in found:
+            rows = draw_rows(tokens[:, :-1], kinds or {}, generator)
+            parts = zip(*(row.split(AT_A_TIME) for row in rows.values()))
+            losses += [_losses(pool, tokens[:, -1], hypotheses, dict(zip(rows, part))) for part in parts]
+    pairings = [[torch.cat(parts, -1) for parts in zip(*losses)] for losses in found]
+    model_loss, silent, resampled, scrubbed, distance = (torch.stack(parts).cpu() for parts in zip(*pairings))
     moved, full = distance.double().sum((0, 3)).unbind(-1)
     runs = [(h.name, part) for h in hypotheses for part in ("v", "q", "k", "all")]
     return Scrubbed(runs, model_loss[0], silent[0], resampled, scrubbed, (1 - moved / full).view(-1, 3))
@@ -128,72 +153,95 @@ def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, generator: torch.Ge
 
 
 class TextPool:
-    """What a model computes on a pool of texts, from which the inputs of its induction heads are built."""
+    """What a model computes on a pool of texts, from which the inputs of its induction heads are built.
+
+    `rows` of one column, the last, stand for the last position; residual streams are built there alone.
+    """
 
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction, roles: Roles):
         self.model, self.induction, self.roles = model, list(induction), roles
-        names = [f"blocks.0.{name}" for name in ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v")]
-        names += ["blocks.0.hook_resid_post", "blocks.1.attn.hook_z", "blocks.1.hook_resid_post"]
-        # A few texts at a time, without logits: these and attention are the largest tensors.
-        runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=2)[1] for part in tokens.split(16)]
-        self.embedding, self.pattern, self.v, self.on_x, z, final = (torch.cat([c[n] for c in runs]) for n in names)
-        self.z_induction, self.final = z[:, -1, self.induction], final[:, -1]
+        self.positions, everyone = torch.arange(tokens.shape[1], device=tokens.device), range(model.cfg.n_heads)
+        hooks = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z", "hook_resid_post")
+        names = [f"blocks.0.{hook}" for hook in hooks]
+        runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=1)[1] for part in tokens.split(AT_A_TIME)]
+        self.embedding, self.pattern, self.v, self.z, self.on_x = (torch.cat([c[n] for c in runs]) for n in names)
+        read = {"q": self.on_x[:, -1:], "k": self.on_x, "v": self.on_x}  # only the last position attends
+        z = _attend(*(self.project(kind, stream, everyone) for kind, stream in read.items()))
+        z[:, self.induction] = 0
+        self.silent = self.on_x[:, -1] + z.flatten(1) @ model.W_O[1].flatten(0, 1) + model.b_O[1]
 
     def residual(self, built: Input, rows: Rows, output: Callable) -> Float[Tensor, "text pos d_model"]:
-        """The residual stream before layer 1 that an input is projected from; `output(rule, head)` is `head_output`."""
-        named = {head: rule for role, rule in built.roles for head in self.roles[role]}
-        z = torch.cat([output(named.get(head, built.rest), head) for head in range(self.model.cfg.n_heads)], -1)
-        return _pick(self.embedding, rows[built.embedding]) + z @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
+        """The residual stream before layer 1 that an input is projected from; `output` is `head_outputs` on `rows`."""
+        z = output(built.rest, tuple(range(self.model.cfg.n_heads))).clone()
+        for role, rule in built.roles:
+            z[:, :, self.roles[role]] = output(rule, self.roles[role])
+        embedding = _pick(self.embedding, rows[built.embedding])
+        return embedding + z.flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
 
-    def head_output(self, rows: Rows, rule: Rule, head: int) -> Float[Tensor, "text pos d_head"]:
-        """z of one layer-0 head under a rule."""
-        pattern, v = _pick(self.pattern[:, head], rows[rule.pattern]), self.v[:, :, head]
-        other = _pick(v, rows[rule.values])
-        z = pattern @ other
+    def head_outputs(self, rows: Rows, rule: Rule, heads: tuple[int, ...]) -> Float[Tensor, "text pos head d_head"]:
+        """z of layer-0 heads under a rule."""
+
+        def values(of: str, keys: Tensor) -> Tensor:
+            return self.v[rows[of][:, :1], keys][:, :, heads]
+
+        row, at = rows[rule.pattern], self.positions[-rows[X].shape[1] :]
+        if rule.pattern == rule.values and rule.pattern in (X, OTHER):  # one text, on which the model has run
+            z = _pick(self.z, row)[:, :, heads]
+        else:
+            pattern = self.pattern[:, heads][row, :, at]
+            z = torch.einsum("bqhk,bkhd->bqhd", pattern, values(rule.values, self.positions))
         for offset in rule.from_x:
-            n = z.shape[1] - offset
-            weight = pattern.diagonal(-offset, 1, 2)[..., None]  # [text, query from offset, 1]
+            keys = (at - offset).clamp(min=0)
+            weight = self.pattern[row, :, at, keys][..., heads] * (at >= offset)[:, None]  # [text, query, head]
             weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
-            z[:, offset:].addcmul_(weight, v[:, :n] - other[:, :n])
+            z = z + weight[..., None] * (values(X, keys) - values(rule.values, keys))
         return z
 
-    def project(self, kind: str, residual: Float[Tensor, "text pos d_model"]) -> Float[Tensor, "text pos head d_head"]:
-        """Queries, keys or values of the induction heads from a residual stream before layer 1."""
-        x = self.model.blocks[1].ln1(residual)
+    def project(self, kind: str, residual: Float[Tensor, "text pos d_model"], heads) -> Float[Tensor, "text pos n d"]:
+        """Queries, keys or values of layer-1 heads from the residual stream before them, to its last position."""
+        x, end = self.model.blocks[1].ln1(residual), len(self.positions)
         if kind != "v" and isinstance(self.model.original_model, ShortformerModel):
-            x = x + self.model.W_pos[: x.shape[1]]
-        weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][self.induction] for letter in "Wb")
+            x = x + self.model.W_pos[end - x.shape[1] : end]
+        weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][list(heads)] for letter in "Wb")
         return torch.einsum("bqm,hmd->bqhd", x, weight) + bias
 
-    def loss(self, z: Float[Tensor, "text head d_head"], answers: Int[Tensor, "text"]) -> Float[Tensor, "text"]:
-        """Loss (nats) when `z` is what the induction heads give at the last position."""
-        change = (z - self.z_induction).flatten(1) @ self.model.W_O[1][self.induction].flatten(0, 1)
-        logits = self.model.unembed(self.model.ln_final((self.final + change)[:, None]))[:, 0]
-        return F.cross_entropy(logits, answers, reduction="none")
+    def loss(self, z: Float[Tensor, "run text head d_head"], answers, texts) -> Float[Tensor, "run text"]:
+        """Losses (nats) when `z` is what the induction heads give at the last position of these texts of the pool."""
+        final = self.silent[texts] + z.flatten(2) @ self.model.W_O[1][self.induction].flatten(0, 1)
+        logits = self.model.unembed(self.model.ln_final(final))
+        return F.cross_entropy(logits.transpose(1, 2), answers[texts].expand(len(z), -1), reduction="none")
 
 
 def _pick(tensor: Tensor, row: Int[Tensor, "text pos"]):
-    """tensor[row[text, pos], pos]: what each position has in the text that stands for its own."""
-    return tensor[row, torch.arange(row.shape[1], device=row.device)]
+    """tensor[row[text, pos], pos], to the last position: what each has in the text that stands for its own."""
+    return tensor[row, torch.arange(tensor.shape[1], device=row.device)[-row.shape[1] :]]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "text head d_head"]:
+    """z at the last position, whose query stands alone in `q`."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))[:, :, 0]
 
 
 def _losses(pool: TextPool, answers, hypotheses, rows: Rows) -> tuple[Tensor, ...]:
     """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text]."""
-    output = cache(partial(pool.head_output, rows))
+    last = {name: row[:, -1:] for name, row in rows.items()}  # queries matter at the last position only
+    sources = [(where, cache(partial(pool.head_outputs, where))) for where in (rows, last)]
 
     @cache
     def projected(kind: str, built: Input) -> tuple[Tensor, Tensor]:
-        at = slice(-1, None) if kind == "q" else slice(None)  # queries matter at the last position only
-        residual = pool.residual(built, rows, output)
-        return pool.project(kind, residual)[:, at], (residual - pool.on_x)[:, at].square().sum((1, 2))
+        where, output = sources[kind == "q"]
+        recorded = {built: _pick(pool.on_x, where[of]) for built, of in ((UNSCRUBBED, X), (RESAMPLED, OTHER))}
+        residual = recorded[built] if built in recorded else pool.residual(built, where, output)
+        return pool.project(kind, residual, pool.induction), (residual - recorded[UNSCRUBBED]).square().sum((1, 2))
 
-    def loss(**inputs: Input) -> Tensor:
-        q, k, v = (projected(kind, inputs.get(kind, UNSCRUBBED))[0].transpose(1, 2) for kind in "qkv")
-        return pool.loss(F.scaled_dot_product_attention(q, k, v)[:, :, 0], answers)
+    def attended(**inputs: Input) -> Tensor:
+        return _attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv"))
 
     inputs = [{kind: getattr(hypothesis, kind) for kind in "vqk"} for hypothesis in hypotheses]
-    runs = [loss(**part) for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
+    parts = [part for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
+    on_x = attended()
+    z = [on_x, torch.zeros_like(on_x), attended(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)]
+    losses = pool.loss(torch.stack(z + [attended(**part) for part in parts]), answers, rows[X][:, 0])
     pairs = [(kind, built) for all_three in inputs for kind, built in all_three.items()]
     distances = [torch.stack([projected(kind, i)[1] for i in (built, RESAMPLED)]) for kind, built in pairs]
-    ends = loss(), pool.loss(torch.zeros_like(pool.z_induction), answers), loss(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)
-    return *ends, torch.stack(runs), torch.stack(distances)
+    return *losses[:3], losses[3:], torch.stack(distances)

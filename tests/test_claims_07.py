@@ -8,8 +8,12 @@ import pytest
 FOLDER_07 = Path(__file__).resolve().parents[1] / "outputs/induction-2l/07_causal_scrubbing"
 
 
+def table_07(name, index):
+    return pd.read_csv(FOLDER_07 / f"{name}.csv").set_index(index)
+
+
 def steps_07(name):
-    return pd.read_csv(FOLDER_07 / f"{name}.csv").set_index("step")
+    return table_07(name, "step")
 
 
 def test_07_the_toy_has_its_known_answers(summary):
@@ -26,7 +30,14 @@ def test_07_next_to_nothing_is_left_of_the_textbook_and_most_with_two_tokens(sum
 
 
 def test_07_silence_lies_well_above_zero_on_the_posts_scale(summary):
-    assert 0.2 < summary("07_causal_scrubbing")["silence_on_the_posts_scale"] < 0.6
+    silence = summary("07_causal_scrubbing")["silence_on_the_posts_scale"]
+    assert 0.2 < silence["low"] and silence["high"] < 0.6
+
+
+def test_07_the_textbook_lies_barely_above_silence(summary):
+    r = summary("07_causal_scrubbing")
+    textbook, silence = r["recovered_on_the_posts_scale"]["0"], r["silence_on_the_posts_scale"]
+    assert abs(textbook["mean"] - silence["mean"]) < 0.05
 
 
 def test_07_the_keys_by_hand_matter(summary):
@@ -34,8 +45,8 @@ def test_07_the_keys_by_hand_matter(summary):
 
 
 def test_07_the_embedding_in_v_and_q_is_no_better_than_the_floor(summary):
-    table = pd.read_csv(FOLDER_07 / "scrubbing_percent.csv")
-    zero, floor = table.iloc[0], table.iloc[-1]
+    table = table_07("scrubbing_percent", "hypothesis")
+    zero, floor = table.loc["0"], table.loc["floor"]
     assert abs(zero["v"] - floor["v"]) < 3
     assert abs(zero["q"] - floor["q"]) < 3
 
@@ -57,13 +68,13 @@ def test_07_two_tokens_beat_one_and_the_gain_over_5_is_vs(summary):
     refined = steps_07("refinement")
     assert refined.loc["one token → two tokens", "low"] > 0.1
     assert refined.loc["5 → 5, our V", "low"] > 0
-    same = refined.loc["5 → two tokens, post's V"]
-    assert same["low"] < 0 < same["high"]
+    for step in ("5, our V → two tokens", "5 → two tokens, post's V"):  # no difference is clear
+        assert refined.loc[step, "low"] < 0 < refined.loc[step, "high"]
 
 
 def test_07_two_tokens_keep_far_less_of_the_key(summary):
-    kept = pd.read_csv(FOLDER_07 / "kept_share_of_distance.csv")
-    five, two_tokens = kept.iloc[5], kept.iloc[7]  # hypotheses 0 to 5, one token, two tokens
+    kept = table_07("kept_share_of_distance", "hypothesis")
+    five, two_tokens = kept.loc["5"], kept.loc["two tokens"]
     assert two_tokens["recovered"] > five["recovered"] and two_tokens["k"] < 0.5 * five["k"]
 
 
@@ -71,3 +82,17 @@ def test_07_false_stories_recover_on_the_posts_scale_and_not_from_silence(summar
     false = summary("07_causal_scrubbing")["false_stories"]
     assert false["the post's scale"]["lost"]["low"] > 0 and false["the post's scale"]["wrong"]["mean"] > 0
     assert false["from silence"]["wrong"]["mean"] < 0 and false["from silence"]["lost"]["low"] < 0
+
+
+def test_07_the_choices_of_the_whitelist_move_the_worth_and_not_the_order(summary):
+    r = summary("07_causal_scrubbing")
+    naive, two_tokens = (r["recovered_by_list"][f"hypothesis {name}"] for name in ("0", "two tokens"))
+    assert len(r["worth_by_list_nats"]) == 5 and r["worth_by_list_nats"].keys() == naive.keys() == two_tokens.keys()
+    for name in naive:
+        assert naive[name]["high"] < 0.25 and two_tokens[name]["low"] > 0.5
+
+
+def test_07_off_the_list_the_heads_are_worth_less_but_far_from_nothing(summary):
+    worth = summary("07_causal_scrubbing")["worth_by_list_nats"]
+    others = worth.pop("other tokens")
+    assert others["mean"] < min(value["mean"] for value in worth.values()) and others["low"] > 0.5

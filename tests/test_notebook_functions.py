@@ -144,19 +144,6 @@ def test_induction_benefit_is_its_definition():
     assert benefit[1] == pytest.approx(expected, abs=1e-4)
 
 
-def test_contexts_end_on_an_allowed_token_with_the_next_as_answer():
-    contexts = defined_in("07_causal", "contexts")
-    texts = torch.arange(40).reshape(2, 20)
-    allowed = torch.zeros(40, dtype=torch.bool)
-    allowed[[3, 12, 15]] = True
-    found = contexts(texts, allowed, length=6)
-    assert len(found.tokens) == 1 and found.tokens.shape[1] == 7
-    (row,) = found.tokens.tolist()
-    assert row[0] == 0 and row[-2] in (12, 15) and row[1:] == list(range(row[1], row[-1] + 1))
-    with pytest.raises(ValueError, match="none of 2"):
-        contexts(texts, ~torch.ones(40, dtype=torch.bool), length=6)
-
-
 def test_heads_are_chosen_by_share_of_the_best():
     strong_heads = defined_in("07_causal", "strong_heads")
     assert strong_heads(torch.tensor([0.1, 0.8, 0.4, 0.39])) == (1, 2)

@@ -177,7 +177,7 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_every_path_term_is_the_direct_one(name, state, prompts, pool, rows):
     tokens = prompts.tokens[:, :-1]
-    built = pool.residual(PARTS[name], rows, partial(pool.head_output, rows))
+    built = pool.residual(PARTS[name], rows, partial(pool.head_outputs, rows))
     direct = torch.stack(
         [
             torch.stack([direct_residual(state, tokens, t, p, PARTS[name], rows) for p in range(LENGTH)])
@@ -241,7 +241,7 @@ def test_the_fully_scrubbed_input_recovers_nothing_and_the_unscrubbed_one_everyt
 
 def test_offset_masks_sum_to_the_causal_mask(pool, rows):
     every_offset = Rule(X, OTHER, from_x=tuple(range(LENGTH)))
-    rebuilt = pool.residual(Input(X, every_offset), rows, partial(pool.head_output, rows))
+    rebuilt = pool.residual(Input(X, every_offset), rows, partial(pool.head_outputs, rows))
     assert (rebuilt - pool.on_x).abs().max() < 1e-5
     masks = sum(torch.ones(LENGTH, LENGTH).tril(-m).triu(-m) for m in range(LENGTH))
     assert torch.equal(masks, torch.ones(LENGTH, LENGTH).tril())
@@ -301,6 +301,18 @@ def test_bad_input_is_refused_by_name(model, prompts):
     assert scrubbing.why_not(model) == ""
     with pytest.raises(ValueError, match=r"one has 1 layer\(s\) and standard positions"):
         scrubbing.scrub(one_layer, prompts, HYPOTHESES, *HEADS)
+
+
+def test_contexts_end_on_an_allowed_token_with_the_next_as_answer():
+    texts = torch.arange(40).reshape(2, 20)
+    allowed = torch.zeros(40, dtype=torch.bool)
+    allowed[[3, 12, 15]] = True
+    found = scrubbing.contexts(texts, allowed, length=6)
+    assert len(found.tokens) == 1 and found.tokens.shape[1] == 7
+    (row,) = found.tokens.tolist()
+    assert row[0] == 0 and row[-2] in (12, 15) and row[1:] == list(range(row[1], row[-1] + 1))
+    with pytest.raises(ValueError, match="none of 2"):
+        scrubbing.contexts(texts, ~torch.ones(40, dtype=torch.bool), length=6)
 
 
 # ---- the post's table, by an evaluator that knows neither rules nor rows ----
