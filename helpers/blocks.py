@@ -70,6 +70,11 @@ def only_tensor(out):
     return out if isinstance(out, Tensor) else out[0]
 
 
+def like(out, x: Tensor):
+    """`x` in the place of the tensor of what a module gives."""
+    return x if isinstance(out, Tensor) else type(out)([x, *out[1:]])
+
+
 def by_head(model: TransformerBridge, x: Tensor, part: str) -> Float[Tensor, "row pos head width"]:
     """A part as [row, pos, head, width]; what belongs to no head has a single one."""
     if part == "pattern":

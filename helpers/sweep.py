@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from helpers.blocks import PARTS, Shown, Stop, by_head, hooked, instead, only_tensor, stopped, times
+from helpers.blocks import PARTS, Shown, Stop, by_head, hooked, instead, like, only_tensor, stopped, times
 from helpers.metrics import Metric, Tokens, final_logits, positions_read
 
 ENOUGH = 64 * 2**20  # bytes of activations beyond which more rows at once gain nothing on a CPU
@@ -44,7 +44,8 @@ class Sweep:
         # Nothing after the last position that is read can matter to a causal model.
         self.length, self.first = max(read) + 1, min(first or 0, *read)
         self.read = [position - self.length for position in read]
-        self.tokens, self.frozen, self.calls = tokens[:, : self.length].to(model.cfg.device), frozen, {}
+        self.tokens, self.frozen = tokens[:, : self.length].to(model.cfg.device), frozen
+        self.gives, self.calls = {}, {}
         self.record = {part: [] for part in ["resid", "out", "z", "attn", *parts, *(["pattern"] if frozen else [])]}
         logits = self._run()
         self._check_patterns()
@@ -77,11 +78,12 @@ class Sweep:
             self.record[part].append(by_head(self.model, x, part))
 
         def block(_, args, out):
-            self.beside = None if isinstance(out, Tensor) else [None] * (len(out) - 1)
+            self.gives["block"] = out
             keep("resid", args[0])
             keep("out", only_tensor(out))
 
         def first_attention(_, __, out):
+            self.gives["attn"] = out
             # BLOOM's attention adds the residual stream itself, so it is more than what o gives.
             self.ends_in_o = torch.equal(only_tensor(out), self.record["attn"][0].flatten(2))
 
@@ -116,7 +118,7 @@ class Sweep:
                 calls.append((args, kwargs))
                 if len(calls) == len(self.blocks):
                     raise Stop
-                return resid if self.beside is None else (resid, *self.beside)
+                return like(self.gives["block"], resid)
 
             with instead(self.blocks, call), suppress(Stop):
                 self.model(times(self.tokens[: self.n, -n_pos:], n_rows // self.n), past_key_values=cache)
@@ -172,7 +174,7 @@ class Sweep:
         n_items, n_pos = len(attn) // self.n, attn.shape[1]
         if self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp:
             return attn + (self.rows("out", layer, n_items, n_pos) - self.rows("attn", layer, n_items, n_pos))
-        with instead([self.blocks[layer].attn], lambda *_, **__: (attn, None)):
+        with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attn"], attn)):
             return self.block(layer, self.rows("resid", layer, n_items, n_pos))
 
     def swap(self, layer: int, part: str, new: Tensor, where: Tensor) -> tuple[nn.Module, Callable]:
@@ -185,7 +187,7 @@ class Sweep:
             tail = slice(-old.shape[2], None)
             mixed = torch.where(where[:, :, tail], new[:, :, tail], old).flatten(0, 1)
             mixed = (mixed.transpose(1, 2) if part == "pattern" else mixed).reshape(out.shape)
-            return (mixed, *given[1:]) if isinstance(given, tuple) else mixed
+            return like(given, mixed)
 
         return self.blocks[layer].get_submodule(PARTS[part]), put
 
