@@ -62,7 +62,12 @@ class Sweep:
         """Record the run from `first` on; its logits where the metric reads."""
         cache = DynamicCache()
         if self.first:
-            self.model(self.tokens[:, : self.first], past_key_values=cache, return_type=None)
+
+            def stop(*_):  # no logits
+                raise Stop
+
+            with hooked([(self.blocks[-1], stop)]), suppress(Stop):
+                self.model(self.tokens[:, : self.first], past_key_values=cache)
             self.first = cache.get_seq_length()  # 0 where a model keeps no keys and values
         self.past = [(layer.keys[: self.n], layer.values[: self.n]) for layer in cache.layers]
         read_only = (self.model.unembed.hook_in, lambda _, __, resid: resid[:, self.read])
