@@ -10,8 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 PARTS = {
-    "z": "attn.o.hook_in", "attn": "attn.o", "q": "attn.q", "k": "attn.k", "v": "attn.v",
-    "pattern": "attn.hook_pattern", "mlp": "mlp",
+    "out": "", "z": "attn.o.hook_in", "attn": "attn.o", "q": "attn.q", "k": "attn.k", "v": "attn.v",
+    "pattern": "attn.hook_pattern", "attention": "attn", "mlp": "mlp",
 }  # fmt: skip
 
 

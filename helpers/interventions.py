@@ -217,11 +217,11 @@ def _edge(sweep, layer, through, inputs, alone, sender, heads):
 
 def _together(sweep, sets, replacements):
     """Effect of replacing z of each set's heads, and every MLP's output where one is given: [prompt, set]."""
-    members = torch.zeros(len(sweep.blocks), len(sets), 1, 1, sweep.model.cfg.n_heads, 1, dtype=torch.bool)
+    cfg, device = sweep.model.cfg, sweep.baseline.device
+    members = torch.zeros(cfg.n_layers, len(sets), 1, 1, cfg.n_heads, 1, dtype=torch.bool, device=device)
     for index, heads in enumerate(sets):
         for layer, head in heads:
             members[layer, index, :, :, head] = True
-    members = members.to(sweep.baseline.device)
 
     def edit(items):
         rows = sweep.rows("resid", 0, len(items))

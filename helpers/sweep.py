@@ -11,6 +11,7 @@ first position that the metric reads; the unembedding elsewhere than it reads.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,7 @@ from helpers.blocks import PARTS, Shown, Stop, by_head, hooked, instead, like, o
 from helpers.metrics import Metric, Tokens, final_logits, positions_read
 
 ENOUGH = 64 * 2**20  # bytes of activations beyond which more rows at once gain nothing on a CPU
+
 
 class Sweep:
     """A batch of prompts on a model: its record, its `baseline` metric, and the way up for edited rows.
@@ -46,8 +48,11 @@ class Sweep:
         self.read = [position - self.length for position in read]
         self.tokens, self.frozen = tokens[:, : self.length].to(model.cfg.device), frozen
         self.gives, self.calls = {}, {}
-        self.record = {part: [] for part in ["resid", "out", "z", "attn", *parts, *(["pattern"] if frozen else [])]}
+        parts = ["resid", "out", "z", "attn", "attention", *parts, *(["pattern"] if frozen else [])]
+        self.record = {part: [] for part in parts}
         logits = self._run()
+        # BLOOM's attention adds the residual stream itself, so it is more than what o gives.
+        self.ends_in_o = torch.equal(self.record["attention"][0], self.record["attn"][0])
         self._check_patterns()
         ours = self.logits(self.record["out"][-1][:, self.read, 0])
         error = float((ours - logits).abs().max() / logits.abs().max())
@@ -62,12 +67,7 @@ class Sweep:
         """Record the run from `first` on; its logits where the metric reads."""
         cache = DynamicCache()
         if self.first:
-
-            def stop(*_):  # no logits
-                raise Stop
-
-            with hooked([(self.blocks[-1], stop)]), suppress(Stop):
-                self.model(self.tokens[:, : self.first], past_key_values=cache)
+            self._run_blocks(self.tokens[:, : self.first], cache)
             self.first = cache.get_seq_length()  # 0 where a model keeps no keys and values
         self.past = [(layer.keys[: self.n], layer.values[: self.n]) for layer in cache.layers]
         read_only = (self.model.unembed.hook_in, lambda _, __, resid: resid[:, self.read])
@@ -77,26 +77,27 @@ class Sweep:
         self.few = min(self.length - self.first, -min(*self.read, -2)) if cache.get_seq_length() else self.length
         return logits
 
+    def _run_blocks(self, tokens: Tensor, cache: DynamicCache) -> None:
+        def stop(*_):
+            raise Stop  # before any logits
+
+        with hooked([(self.blocks[-1], stop)]), suppress(Stop):
+            self.model(tokens, past_key_values=cache)
+
     def _recorders(self) -> Iterator[tuple[nn.Module, Callable]]:
-        def keep(part, x):
+        def enter(_, args, __):
+            self.record["resid"].append(by_head(self.model, args[0], "resid"))
+
+        def keep(part, _, __, out):
+            x = only_tensor(out)
             x = x if x.ndim > 2 else x.unflatten(0, (len(self.tokens), -1))  # OPT's MLP
+            self.gives[part] = out
             self.record[part].append(by_head(self.model, x, part))
 
-        def block(_, args, out):
-            self.gives["block"] = out
-            keep("resid", args[0])
-            keep("out", only_tensor(out))
-
-        def first_attention(_, __, out):
-            self.gives["attn"] = out
-            # BLOOM's attention adds the residual stream itself, so it is more than what o gives.
-            self.ends_in_o = torch.equal(only_tensor(out), self.record["attn"][0].flatten(2))
-
-        yield self.blocks[0].attn, first_attention
-        for block_ in self.blocks:
-            yield block_, block
+        for block in self.blocks:
+            yield block, enter
             for part in self.record.keys() & PARTS.keys():
-                yield block_.get_submodule(PARTS[part]), lambda _, __, out, part=part: keep(part, only_tensor(out))
+                yield block.get_submodule(PARTS[part]), partial(keep, part)
 
     def _check_patterns(self) -> None:
         """Refuse patterns that cannot be edited: TransformerLens computes some models' only to show them."""
@@ -121,12 +122,10 @@ class Sweep:
 
             def call(resid, *args, **kwargs):
                 calls.append((args, kwargs))
-                if len(calls) == len(self.blocks):
-                    raise Stop
-                return like(self.gives["block"], resid)
+                return like(self.gives["out"], resid)
 
-            with instead(self.blocks, call), suppress(Stop):
-                self.model(times(self.tokens[: self.n, -n_pos:], n_rows // self.n), past_key_values=cache)
+            with instead(self.blocks, call):
+                self._run_blocks(times(self.tokens[: self.n, -n_pos:], n_rows // self.n), cache)
             self.calls[n_rows, n_pos] = cache, calls
         return self.calls[n_rows, n_pos]
 
@@ -134,8 +133,9 @@ class Sweep:
         """Rows [row, pos, d_model] after one block; `hooks` are (module, torch forward hook)."""
         cache, calls = self._called(*rows.shape[:2])
         cache.join, (args, kwargs) = join or self._with_past(layer), calls[layer]
-        frozen = [(self.blocks[layer].attn.hook_pattern, self._freeze(layer))] if self.frozen else []
-        with hooked([*frozen, *hooks]):
+        if self.frozen:  # first, so that hooks may edit what was frozen
+            hooks = [self._freeze(layer), *hooks]
+        with hooked(hooks):
             return only_tensor(self.blocks[layer](rows, *args, **kwargs))
 
     def _with_past(self, layer: int) -> Callable:
@@ -149,9 +149,13 @@ class Sweep:
 
         return lambda *new: tuple(map(after, past, new)) if past else new
 
-    def _freeze(self, layer: int) -> Callable:
+    def _freeze(self, layer: int) -> tuple[nn.Module, Callable]:
         pattern = self.record["pattern"][layer][: self.n].transpose(1, 2)
-        return lambda _, __, new: times(pattern[:, :, -new.shape[2] :], len(new) // self.n)
+
+        def put(_, __, new):
+            return times(pattern[:, :, -new.shape[2] :], len(new) // self.n)
+
+        return self.blocks[layer].attn.hook_pattern, put
 
     def through(self, layer: int, rows: Tensor, hooks: Iterable = ()) -> Tensor:
         """Rows after a block; after the last one only its `few` last positions, from the first that is read on."""
@@ -179,7 +183,7 @@ class Sweep:
         n_items, n_pos = len(attn) // self.n, attn.shape[1]
         if self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp:
             return attn + (self.rows("out", layer, n_items, n_pos) - self.rows("attn", layer, n_items, n_pos))
-        with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attn"], attn)):
+        with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attention"], attn)):
             return self.block(layer, self.rows("resid", layer, n_items, n_pos))
 
     def swap(self, layer: int, part: str, new: Tensor, where: Tensor) -> tuple[nn.Module, Callable]:

@@ -22,15 +22,10 @@ LEFT_OUT = (
     | {"openai-gpt": ("logit attribution", "does not sum to its logits")}
     | dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("weights by head", "not available on MLA"))
 )
-# Where sweeps are wrong today: a run of these is expected to fail, and a fix to take its name off this list.
-WRONG = {}
 
 
 def kinds(names):
-    for name in sorted(names):
-        slow = [] if name in QUICK else [pytest.mark.slow]
-        wrong = [pytest.mark.xfail(reason=WRONG[name], strict=True)] if name in WRONG else []
-        yield pytest.param(name, marks=slow + wrong)
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(names)]
 
 
 def test_there_are_enough():
@@ -56,8 +51,7 @@ def test_what_has_no_attention_is_refused(kind):
 def test_the_page_lists_every_kind():
     lines = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     assert sorted(set(lines) - {"model_type"}) == sorted(architectures.KINDS)
-    wrong = [line.split("|")[1].strip() for line in PAGE.read_text().splitlines() if "WRONG" in line]
-    assert sorted(wrong) == sorted(WRONG)
+    assert "WRONG" not in PAGE.read_text()
 
 
 def test_folding_is_only_what_is_exact():
