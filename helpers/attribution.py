@@ -68,7 +68,7 @@ def _slopes(sweep, change, share, part, frozen=False) -> list[Tensor]:
     hooks.append((sweep.model.unembed.hook_in, lambda _, __, resid: resid[:, sweep.read]))
     with torch.enable_grad(), hooked(hooks):
         sweep.metric.of(sweep.model(sweep.tokens), sweep.prompts).sum().backward()
-    return [by_head(sweep.model, x.grad, part) for x in found]
+    return [by_head(sweep.model, x.grad, part, sweep.n) for x in found]
 
 
 @torch.no_grad()

@@ -75,10 +75,13 @@ def like(out, x: Tensor):
     return x if isinstance(out, Tensor) else type(out)([x, *out[1:]])
 
 
-def by_head(model: TransformerBridge, x: Tensor, part: str) -> Float[Tensor, "row pos head width"]:
-    """A part as [row, pos, head, width]; what belongs to no head has a single one."""
+def by_head(model: TransformerBridge, out, part: str, n_rows: int) -> Float[Tensor, "row pos head width"]:
+    """What a module of PARTS gives, as [row, pos, head, width]; what belongs to no head has a single one."""
+    x = only_tensor(out)
     if part == "pattern":
         return x.transpose(1, 2)
+    if x.ndim == 2:  # OPT's MLP
+        x = x.unflatten(0, (n_rows, -1))
     n_heads = model.cfg.n_heads
     heads = {"z": n_heads, "q": n_heads} | dict.fromkeys("kv", model.cfg.n_key_value_heads or n_heads)
     return x if x.ndim == 4 else x.unflatten(2, (heads.get(part, 1), -1))

@@ -86,13 +86,11 @@ class Sweep:
 
     def _recorders(self) -> Iterator[tuple[nn.Module, Callable]]:
         def enter(_, args, __):
-            self.record["resid"].append(by_head(self.model, args[0], "resid"))
+            self.record["resid"].append(by_head(self.model, args[0], "resid", len(args[0])))
 
         def keep(part, _, __, out):
-            x = only_tensor(out)
-            x = x if x.ndim > 2 else x.unflatten(0, (len(self.tokens), -1))  # OPT's MLP
             self.gives[part] = out
-            self.record[part].append(by_head(self.model, x, part))
+            self.record[part].append(by_head(self.model, out, part, len(self.tokens)))
 
         for block in self.blocks:
             yield block, enter
@@ -129,7 +127,7 @@ class Sweep:
             self.calls[n_rows, n_pos] = cache, calls
         return self.calls[n_rows, n_pos]
 
-    def block(self, layer: int, rows: Tensor, hooks: Iterable = (), join: Callable | None = None) -> Tensor:
+    def block(self, layer: int, rows: Tensor, hooks: Sequence = (), join: Callable | None = None) -> Tensor:
         """Rows [row, pos, d_model] after one block; `hooks` are (module, torch forward hook)."""
         cache, calls = self._called(*rows.shape[:2])
         cache.join, (args, kwargs) = join or self._with_past(layer), calls[layer]
@@ -157,11 +155,11 @@ class Sweep:
 
         return self.blocks[layer].attn.hook_pattern, put
 
-    def through(self, layer: int, rows: Tensor, hooks: Iterable = ()) -> Tensor:
+    def through(self, layer: int, rows: Tensor, hooks: Sequence = ()) -> Tensor:
         """Rows after a block; after the last one only its `few` last positions, from the first that is read on."""
         if layer < len(self.blocks) - 1 or rows.shape[1] == self.few:
             return self.block(layer, rows, hooks)
-        hooks, with_past = list(hooks), self._with_past(layer)
+        with_past = self._with_past(layer)
 
         def stop(*new):
             raise Stop(with_past(*new))
@@ -169,34 +167,24 @@ class Sweep:
         keys_values = stopped(lambda: self.block(layer, rows, hooks, stop))
         return self.block(layer, rows[:, -self.few :], hooks, lambda *_: keys_values)
 
-    def inner(self, layer: int, rows: Tensor, part: str, hooks: Iterable = ()) -> Float[Tensor, "row pos head width"]:
+    def inner(self, layer: int, rows: Tensor, part: str, hooks: Sequence = ()) -> Float[Tensor, "row pos head width"]:
         """A part of a block on these rows, without running what follows it; `hooks` as in `block`."""
 
         def stop(_, __, out):
-            raise Stop(by_head(self.model, out, part))
+            raise Stop(by_head(self.model, out, part, len(rows)))
 
         module = self.blocks[layer].get_submodule(PARTS[part])
         return stopped(lambda: self.block(layer, rows, [*hooks, (module, stop)]))
-
-    def after_attention(self, layer: int, attn: Tensor) -> Tensor:
-        """Rows after a block whose attention gives `attn`, before any norm that follows it."""
-        n_items, n_pos = len(attn) // self.n, attn.shape[1]
-        if self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp:
-            return attn + (self.rows("out", layer, n_items, n_pos) - self.rows("attn", layer, n_items, n_pos))
-        with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attention"], attn)):
-            return self.block(layer, self.rows("resid", layer, n_items, n_pos))
 
     def swap(self, layer: int, part: str, new: Tensor, where: Tensor) -> tuple[nn.Module, Callable]:
         """Hook that puts `new` where `where` says, both as in `replaced`, at the last positions of what comes."""
 
         def put(_, __, given):
-            out = only_tensor(given)
-            by_row = out if out.ndim > 2 else out.unflatten(0, (len(where) * self.n, -1))
-            old = by_head(self.model, by_row, part).unflatten(0, (-1, self.n))
+            old = by_head(self.model, given, part, len(where) * self.n).unflatten(0, (-1, self.n))
             tail = slice(-old.shape[2], None)
             mixed = torch.where(where[:, :, tail], new[:, :, tail], old).flatten(0, 1)
-            mixed = (mixed.transpose(1, 2) if part == "pattern" else mixed).reshape(out.shape)
-            return like(given, mixed)
+            mixed = mixed.transpose(1, 2) if part == "pattern" else mixed
+            return like(given, mixed.reshape(only_tensor(given).shape))
 
         return self.blocks[layer].get_submodule(PARTS[part]), put
 
@@ -214,7 +202,12 @@ class Sweep:
         if part == "resid":
             return self.through(layer, mixed)
         # Not the change through W_O alone: what a large head writes cancels, and rounds badly.
-        return self.after_attention(layer, self.blocks[layer].attn.o(mixed) if part == "z" else mixed)
+        attn = self.blocks[layer].attn.o(mixed) if part == "z" else mixed
+        before = partial(self.rows, layer=layer, n_items=len(where), n_pos=attn.shape[1])
+        if self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp:
+            return attn + (before("out") - before("attn"))
+        with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attention"], attn)):
+            return self.block(layer, before("resid"))
 
     # ---- measuring ----
 
