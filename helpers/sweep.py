@@ -203,11 +203,11 @@ class Sweep:
             return self.through(layer, mixed)
         # Not the change through W_O alone: what a large head writes cancels, and rounds badly.
         attn = self.blocks[layer].attn.o(mixed) if part == "z" else mixed
-        before = partial(self.rows, layer=layer, n_items=len(where), n_pos=attn.shape[1])
         if self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp:
-            return attn + (before("out") - before("attn"))
+            out, before = (self.rows(which, layer, 1, attn.shape[1]) for which in ("out", "attn"))
+            return (attn.unflatten(0, (-1, self.n)) + (out - before)).flatten(0, 1)
         with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attention"], attn)):
-            return self.block(layer, before("resid"))
+            return self.block(layer, self.rows("resid", layer, len(where), attn.shape[1]))
 
     # ---- measuring ----
 
