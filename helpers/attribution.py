@@ -5,8 +5,6 @@ edited, and far off where the metric, or a softmax on the way to it, is flat. So
 patching"; Syed et al. 2023, "Attribution patching outperforms automated circuit discovery".
 """
 
-from contextlib import ExitStack
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,19 +35,18 @@ def attribute_heads(
         raise ValueError("'pattern-preserving' has no replacement to move to; estimate 'zero' instead")
     with torch.no_grad():
         sweep = Sweep(model, tokens, metric, parts=("pattern",) if recompute else ())
-        z = [sweep.part(layer, "z") for layer in range(len(sweep.blocks))]
+        z = sweep.record["z"]
         change = [replacement(of_layer, how, seed) - of_layer for of_layer in z]
-    tokens = tokens[:, : sweep.length].to(model.cfg.device)
-    slopes = [_slopes(sweep, tokens, change, share, "z", frozen=recompute) for share in shares]
-    slopes = [by_head(sum(of_layer) / len(shares), "z", model.cfg.d_head) for of_layer in zip(*slopes)]
+    slopes = [_slopes(sweep, change, share, "z", frozen=recompute) for share in shares]
+    slopes = [sum(of_layer) / len(shares) for of_layer in zip(*slopes)]
     effects = torch.stack([(moved * slope).sum((1, 3)) for moved, slope in zip(change, slopes)], 1)
     if recompute:
-        slopes = [_slopes(sweep, tokens, change, share, "pattern") for share in shares]
+        slopes = [_slopes(sweep, change, share, "pattern") for share in shares]
         effects += _by_patterns(sweep, z, change, [sum(of_layer) / len(shares) for of_layer in zip(*slopes)])
     return effects
 
 
-def _slopes(sweep, tokens, change, share, part, frozen=False) -> list[Tensor]:
+def _slopes(sweep, change, share, part, frozen=False) -> list[Tensor]:
     """Slope of the metric by a part of each layer, with z moved a share of the way; `frozen` patterns carry none."""
     found = []
 
@@ -68,12 +65,10 @@ def _slopes(sweep, tokens, change, share, part, frozen=False) -> list[Tensor]:
 
     hooks = [(block.get_submodule(PARTS["z"]), move(layer)) for layer, block in enumerate(sweep.blocks)]
     hooks += [(block.get_submodule(PARTS["pattern"]), pattern) for block in sweep.blocks]
-    with torch.enable_grad(), hooked(hooks), ExitStack() as stack:
-        read = sweep.model.unembed.register_forward_pre_hook(lambda _, args: args[0][:, sweep.read])
-        stack.callback(read.remove)
-        logits = sweep.model(tokens)
-        sweep.metric.of(logits, torch.arange(sweep.n, device=tokens.device)).sum().backward()
-    return [x.grad for x in found]
+    hooks.append((sweep.model.unembed.hook_in, lambda _, __, resid: resid[:, sweep.read]))
+    with torch.enable_grad(), hooked(hooks):
+        sweep.metric.of(sweep.model(sweep.tokens), sweep.prompts).sum().backward()
+    return [by_head(sweep.model, x.grad, part, sweep.n) for x in found]
 
 
 @torch.no_grad()

@@ -1,110 +1,41 @@
-"""One block of a model by itself: its parts, the arguments that it is called with, and hooks that do not stay."""
+"""One block of a model by itself: its parts, the keys and values that it is shown, and hooks that do not stay."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 PARTS = {
-    "z": "attn.o.hook_in", "attn": "attn.o", "q": "attn.q", "k": "attn.k", "v": "attn.v",
-    "pattern": "attn.hook_pattern", "mlp": "mlp",
+    "out": "", "z": "attn.o.hook_in", "attn": "attn.o", "q": "attn.q", "k": "attn.k", "v": "attn.v",
+    "pattern": "attn.hook_pattern", "attention": "attn", "mlp": "mlp",
 }  # fmt: skip
 
 
-# ---- rows ----
-
-
-def times(x: Tensor, n_items: int) -> Tensor:
-    """[prompt, ...] once for each item: [item * prompt, ...]."""
-    return x.expand(n_items, *x.shape).flatten(0, 1)
-
-
-def by_head(x: Tensor, part: str, d_head: int) -> Float[Tensor, "row pos head width"]:
-    """A part as [row, pos, head, width]; what belongs to no head has a single one."""
-    if part == "pattern":
-        return x.transpose(1, 2)
-    if part in ("z", "q", "k", "v"):
-        return x if x.ndim == 4 else x.unflatten(2, (-1, d_head))
-    return x[:, :, None]
-
-
-def only_tensor(out):
-    """What a block gives, of which some models make a tuple."""
-    return out[0] if isinstance(out, tuple) else out
-
-
-# ---- arguments ----
-
-
 class Shown(DynamicCache):
-    """Shows a block's new keys and values to `join`; the block uses what that returns."""
+    """Says that it holds `past` positions, and gives blocks the keys and values that `join` makes of their new ones."""
 
-    def __init__(self, join=None):
+    def __init__(self, past: int, n_layers: int):
         super().__init__()
-        self.join = join
+        for layer in range(n_layers if past else 0):
+            super().update(*torch.zeros(2, 1, 1, past, 1), layer)
+        self.join = None
 
     def update(self, keys, values, *_, **__):
         return self.join(keys, values)
 
 
-class Calls:
-    """What a model calls its blocks with beside the rows: the same for all prompts of one length.
-
-    Learnt from a run of prompts, by how many positions it has, and given for any number of rows.
-    """
-
-    def __init__(self):
-        self.learnt: dict[int, list] = {}
-
-    def learn(self, model: TransformerBridge, tokens, cache: Cache, read: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """Run prompts after the keys and values in `cache`: logits at the positions `read`, what enters each block."""
-        resid, calls = [], self.learnt.setdefault(tokens.shape[1], [])
-
-        def call(_, args, kwargs):
-            resid.append(args[0])
-            calls.append(tree_map(lambda value: _of_one(value, len(tokens)), (args[1:], kwargs)))
-
-        with ExitStack() as stack:
-            for block in model.blocks:
-                stack.callback(block.register_forward_pre_hook(call, with_kwargs=True).remove)
-            read_only = model.unembed.register_forward_pre_hook(lambda _, args: args[0][:, read])
-            stack.callback(read_only.remove)
-            return model(tokens, past_key_values=cache), resid
-
-    def of(self, layer: int, rows: Tensor, join: Callable | None = None) -> tuple[tuple, dict]:
-        """Arguments for `rows`, whose keys and values go through `join`."""
-        return tree_map(lambda value: _of_rows(value, len(rows), Shown(join)), self.learnt[rows.shape[1]][layer])
-
-
-def _of_one(value, n):
-    if isinstance(value, Cache):
-        return Shown()  # a place for another, without the keys and values
-    is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) % n == 0
-    return value[: len(value) // n] if is_batch else value
-
-
-def _of_rows(value, n, cache):
-    if isinstance(value, Cache):
-        return cache
-    # BLOOM's positions have a row for every head of every prompt; a single row fits any batch as it is.
-    return value.repeat(n, 1, 1) if isinstance(value, Tensor) and value.ndim == 3 and len(value) > 1 else value
-
-
-# ---- hooks ----
-
-
 class Stop(Exception):
-    """Carries a value out of a block that need not run further."""
+    """Carries a value out of a run that need not go further."""
 
 
-def stopped(run):
-    """What `run` returns, or the value that it stopped with."""
+def stopped(run: Callable):
+    """The value that `run` stopped with."""
     try:
-        return run()
+        run()
     except Stop as stop:
         return stop.args[0]
 
@@ -119,11 +50,38 @@ def hooked(hooks: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
 
 
 @contextmanager
-def instead(module: nn.Module, output):
-    """Make a module return `output` without running."""
-    # Not a plain assignment: a bridge component hands those on to the module it wraps.
-    object.__setattr__(module, "forward", lambda *_, **__: output)
-    try:
+def instead(modules: Iterable[nn.Module], forward: Callable) -> Iterator[None]:
+    """`forward` in the place of what modules do."""
+    with ExitStack() as stack:
+        for module in modules:
+            # Not a plain assignment: a bridge component hands those on to the module it wraps.
+            object.__setattr__(module, "forward", forward)
+            stack.callback(object.__delattr__, module, "forward")
         yield
-    finally:
-        object.__delattr__(module, "forward")
+
+
+def times(x: Tensor, n_items: int) -> Tensor:
+    """[prompt, ...] once for each item: [item * prompt, ...]."""
+    return x.expand(n_items, *x.shape).flatten(0, 1)
+
+
+def only_tensor(out):
+    """What a module gives, of which some models make a tuple or a list."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def like(out, x: Tensor):
+    """`x` in the place of the tensor of what a module gives."""
+    return x if isinstance(out, Tensor) else type(out)([x, *out[1:]])
+
+
+def by_head(model: TransformerBridge, out, part: str, n_rows: int) -> Float[Tensor, "row pos head width"]:
+    """What a module of PARTS gives, as [row, pos, head, width]; what belongs to no head has a single one."""
+    x = only_tensor(out)
+    if part == "pattern":
+        return x.transpose(1, 2)
+    if x.ndim == 2:  # OPT's MLP
+        x = x.unflatten(0, (n_rows, -1))
+    n_heads = model.cfg.n_heads
+    heads = {"z": n_heads, "q": n_heads} | dict.fromkeys("kv", model.cfg.n_key_value_heads or n_heads)
+    return x if x.ndim == 4 else x.unflatten(2, (heads.get(part, 1), -1))

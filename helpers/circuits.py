@@ -68,11 +68,13 @@ def _gains(model, norm: str, width: int) -> Float[Tensor, "layer 1 1 width"]:
 
 
 def _gain(norm, width: int) -> Float[Tensor, "width"]:
-    weight = getattr(norm, "weight", None)
-    if not norm.uses_rms_norm:
-        return torch.ones(width) if weight is None else weight
-    # Ones have unit root mean square; this also covers norms that store their gain less one.
-    return norm(torch.ones(1, 1, width, device=weight.device, dtype=weight.dtype))[0, 0]
+    """What a norm multiplies by, measured: some store their gain less one, some have none."""
+    weight = next(norm.parameters(), torch.empty(0))
+    # Of zero mean and unit mean square, so that norms of either kind only scale it; a thousand times, to drown eps.
+    x = torch.arange(width, device=weight.device, dtype=weight.dtype).remainder(2) - 0.5
+    x = (x - x.mean()) / x.std(correction=0)
+    up, down = (norm(scale * x[None, None])[0, 0] for scale in (1000, -1000))
+    return (up - down) / (2 * x)
 
 
 def token_vectors(

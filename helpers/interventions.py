@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers.blocks import by_head
 from helpers.metrics import Metric, Tokens, position_in
 from helpers.prompts import derangement
 from helpers.stats import head_name, progress
@@ -171,7 +170,7 @@ def _one_of(n_heads, heads):
 
 def _each_head(sweep, part, replacement, at, n_tokens):
     """Effect of `replacement(part)` in every head alone: [prompt, layer, head], "each" position on a further axis."""
-    n_layers, (_, n_pos, n_heads, _) = len(sweep.blocks), sweep.part(0, part).shape
+    n_layers, (_, n_pos, n_heads, _) = len(sweep.blocks), sweep.record[part][0].shape
     items = torch.arange(n_heads * (n_pos if at == "each" else 1), device=sweep.baseline.device)
     places = torch.arange(sweep.length - n_pos, sweep.length, device=items.device)
     heads, there = (items // n_pos, places[items % n_pos]) if at == "each" else (items, items.new_tensor([at or 0]))
@@ -180,7 +179,7 @@ def _each_head(sweep, part, replacement, at, n_tokens):
         where = where & (there[:, None] == places)[:, None, :, None, None]
 
     def edit(layer, chosen):
-        return sweep.replaced(layer, part, replacement(sweep.part(layer, part))[None], where[chosen])
+        return sweep.replaced(layer, part, replacement(sweep.record[part][layer])[None], where[chosen])
 
     layers = progress(range(n_layers), "layers")
     effects = sweep.effects((layer, len(items), partial(edit, layer)) for layer in layers)
@@ -194,7 +193,7 @@ def written(
     sweep: Sweep, layer: int, new: Float[Tensor, "#prompt pos head d_head"], heads: Int[Tensor, "item"]
 ) -> Float[Tensor, "row pos d_model"]:
     """Change of what a layer's attention adds to the residual stream when one head of it, an item, has z `new`."""
-    block, z = sweep.blocks[layer], sweep.part(layer, "z")[: sweep.n]
+    block, z = sweep.blocks[layer], sweep.record["z"][layer][: sweep.n]
     mixed = torch.where(_one_of(z.shape[2], heads), new, z)
     after, before = block.attn.o(mixed.flatten(0, 1).flatten(2)), sweep.rows("attn", layer, len(heads))
     if "ln1_post" in block.submodules:
@@ -204,35 +203,35 @@ def written(
 
 def _edge(sweep, layer, through, inputs, alone, sender, heads):
     """Rows in which `inputs` of a layer, or what head `alone` makes of them, are as if one sender were clean."""
-    d_head, rows = sweep.model.cfg.d_head, (len(heads), sweep.n)
+    rows = (len(heads), sweep.n)
     resid = sweep.rows("resid", layer, len(heads))
-    heard = resid + written(sweep, sender, sweep.part(sender, "z")[sweep.n :], heads)
-    new = by_head(sweep.inner(layer, heard, through), through, d_head).unflatten(0, rows)
+    heard = resid + written(sweep, sender, sweep.record["z"][sender][sweep.n :], heads)
+    new = sweep.inner(layer, heard, through).unflatten(0, rows)
     edit = sweep.swap(layer, through, new, inputs)
     if alone is not None:
         through = "z" if through == "v" else "pattern"
-        made = by_head(sweep.inner(layer, resid, through, [edit]), through, d_head).unflatten(0, rows)
+        made = sweep.inner(layer, resid, through, [edit]).unflatten(0, rows)
         edit = sweep.swap(layer, through, made, alone)
     return sweep.through(layer, resid, [edit])
 
 
 def _together(sweep, sets, replacements):
     """Effect of replacing z of each set's heads, and every MLP's output where one is given: [prompt, set]."""
-    members = torch.zeros(len(sweep.blocks), len(sets), 1, 1, sweep.model.cfg.n_heads, 1, dtype=torch.bool)
+    cfg, device = sweep.model.cfg, sweep.baseline.device
+    members = torch.zeros(cfg.n_layers, len(sets), 1, 1, cfg.n_heads, 1, dtype=torch.bool, device=device)
     for index, heads in enumerate(sets):
         for layer, head in heads:
             members[layer, index, :, :, head] = True
-    members = members.to(sweep.baseline.device)
 
     def edit(items):
         rows = sweep.rows("resid", 0, len(items))
         for layer in range(len(sweep.blocks)):
             where = {"z": members[layer, items], "mlp": members.new_ones(len(items), 1, 1, 1, 1)}
-            new = {part: replacement(sweep.part(layer, part))[None] for part, replacement in replacements.items()}
+            new = {part: replacement(sweep.record[part][layer])[None] for part, replacement in replacements.items()}
             rows = sweep.through(layer, rows, [sweep.swap(layer, part, new[part], where[part]) for part in new])
         return rows
 
-    return sweep.effects([(sweep.last, len(sets), edit)])
+    return sweep.effects([(len(sweep.blocks) - 1, len(sets), edit)])
 
 
 # ---- positions ----

@@ -132,16 +132,19 @@ def _split(model, found, column: Float[Tensor, "d_model batch"], bias: Float[Ten
     def before(norm, column, scale):  # None: there is no such norm
         return column if scale is None else fold(norm, column) / scale[:, 0].T
 
-    if getattr(model.ln_final, "bias", None) is not None:
-        bias = bias + model.ln_final.bias @ column
-    column = before(model.ln_final, column, found.get("ln_final.hook_scale"))
+    ln_final = getattr(model, "ln_final", None)
+    if getattr(ln_final, "bias", None) is not None:
+        bias = bias + ln_final.bias @ column
+    column = before(ln_final, column, found.get("ln_final.hook_scale"))
     # Granite's attention writes this many times what its heads give.
     times = getattr(getattr(model.original_model, "config", None), "residual_multiplier", 1)
     heads, mlps = [], []
     for at, block in ((f"blocks.{layer}.", block) for layer, block in enumerate(model.blocks)):
         # Gemma 3 norms the sum of its heads before adding it to the stream.
         read = times * before(getattr(block, "ln1_post", None), column, found.get(at + "ln1_post.hook_scale"))
-        heads.append(torch.einsum("bhd,hdm,mb->bh", found[at + "attn.hook_z"][:, 0], block.attn.W_O, read))
+        W_O = block.attn.W_O
+        z = found[at + "attn.hook_z"].flatten(1).unflatten(1, W_O.shape[:2])
+        heads.append(torch.einsum("bhd,hdm,mb->bh", z, W_O, read))
         mlp = found.get(at + "hook_mlp_out")
         mlps.append(torch.zeros_like(bias) if mlp is None else (mlp[:, 0].T * column).sum(0))
         bias = bias if block.attn.b_O is None else bias + block.attn.b_O @ read

@@ -97,7 +97,9 @@ def final_logits(model: TransformerBridge, resid: Float[Tensor, "*row d_model"])
 
     After it Cohere multiplies its logits, Granite divides them, and Gemma 2 caps them.
     """
-    return model.adapter.apply_output_logits_transform(model.unembed(model.ln_final(resid)))
+    if hasattr(model, "ln_final"):  # the blocks of GPT-1 end in norms of their own
+        resid = model.ln_final(resid)
+    return model.adapter.apply_output_logits_transform(model.unembed(resid))
 
 
 def positions_read(model: TransformerBridge, tokens: Tokens, metric: Metric) -> list[int]:

@@ -1,8 +1,8 @@
 """The engine of exact sweeps: run a batch of prompts once, then many edited rows upwards from any block.
 
-The unedited run leaves a record: what every block was called with, what enters and leaves it, and parts of
-it. An edit is a row of a batch, which goes up through the model's own blocks, so that every architecture is
-exact. Rows are [item * prompt, pos, d_model]: every item of a sweep has all prompts.
+The unedited run leaves a record: what enters and leaves every block, and parts of it. An edit is a row of a batch,
+which goes up through the model's own blocks, so that every architecture is exact. Rows are
+[item * prompt, pos, d_model]: every item of a sweep has all prompts.
 
 Not run: the blocks below an edit; attention of the edited block, where the edit enters after it; positions
 before `first`, whose keys and values are those of the unedited run; in the last block, queries before the
@@ -10,6 +10,8 @@ first position that the metric reads; the unembedding elsewhere than it reads.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from helpers.blocks import PARTS, Calls, Stop, by_head, hooked, instead, only_tensor, stopped, times
+from helpers.blocks import PARTS, Shown, Stop, by_head, hooked, instead, like, only_tensor, stopped, times
 from helpers.metrics import Metric, Tokens, final_logits, positions_read
 
 ENOUGH = 64 * 2**20  # bytes of activations beyond which more rows at once gain nothing on a CPU
@@ -27,8 +29,8 @@ class Sweep:
     """A batch of prompts on a model: its record, its `baseline` metric, and the way up for edited rows.
 
     The first `n` prompts are measured; the others only lend activations. Rows start at position `first`.
-    With `frozen`, every attention pattern stays as it was. `parts` (of PARTS) are recorded beside z and attn:
-    `record[part][layer]`, with "resid" and "out" for what enters and leaves a block.
+    With `frozen`, every attention pattern stays as it was. `record[part][layer]`, as in `by_head`, holds what enters
+    ("resid") and leaves ("out") a block, z, attn, and `parts` (of PARTS).
 
     Raises:
         ValueError: the batch is empty or too long, or the metric reads a position that is not there.
@@ -40,106 +42,124 @@ class Sweep:
         n: int | None = None, first: int | None = None, frozen: bool = False, parts: Sequence[str] = (),
     ):  # fmt: skip
         read = positions_read(model, tokens, metric)
-        self.model, self.metric, self.blocks = model, metric, list(model.blocks)
-        self.n, self.last, self.n_tokens = n or len(tokens), len(self.blocks) - 1, tokens.numel()
+        self.model, self.metric, self.blocks, self.n = model, metric, list(model.blocks), n or len(tokens)
         # Nothing after the last position that is read can matter to a causal model.
         self.length, self.first = max(read) + 1, min(first or 0, *read)
         self.read = [position - self.length for position in read]
-        self.calls, self.frozen = Calls(), False
-        self.record = {part: [] for part in ["out", "z", "attn", *parts, *(["pattern"] if frozen else [])]}
-        logits = self._run(tokens[:, : self.length].to(model.cfg.device))
+        self.tokens, self.frozen = tokens[:, : self.length].to(model.cfg.device), frozen
+        self.gives, self.calls = {}, {}
+        parts = ["resid", "out", "z", "attn", "attention", *parts, *(["pattern"] if frozen else [])]
+        self.record = {part: [] for part in parts}
+        logits = self._run()
+        # BLOOM's attention adds the residual stream itself, so it is more than what o gives.
+        self.ends_in_o = torch.equal(self.record["attention"][0], self.record["attn"][0])
         self._check_patterns()
-        self.frozen = frozen
-        ours = self.logits(self.record["out"][-1][:, self.read])
+        ours = self.logits(self.record["out"][-1][:, self.read, 0])
         error = float((ours - logits).abs().max() / logits.abs().max())
         if error > 1e-3:
             raise RuntimeError(f"sweeps do not follow {model.cfg.architecture}: logits differ by {error:.1e}")
-        self.baseline = metric.of(ours[: self.n], torch.arange(self.n, device=ours.device))
+        self.prompts = torch.arange(self.n, device=ours.device)
+        self.baseline = metric.of(ours[: self.n], self.prompts)
 
     # ---- the record ----
 
-    def _run(self, tokens):
-        """Record the run from `first` on, and learn how blocks are called where only the last positions are run."""
+    def _run(self) -> Float[Tensor, "prompt read d_vocab"]:
+        """Record the run from `first` on; its logits where the metric reads."""
         cache = DynamicCache()
         if self.first:
-            self.model(tokens[:, : self.first], past_key_values=cache, return_type=None)
-            if cache.get_seq_length() != self.first:  # this model keeps no keys and values
-                cache, self.first = DynamicCache(), 0
+            self._run_blocks(self.tokens[:, : self.first], cache)
+            self.first = cache.get_seq_length()  # 0 where a model keeps no keys and values
         self.past = [(layer.keys[: self.n], layer.values[: self.n]) for layer in cache.layers]
-        with hooked(self._recorders()):
-            logits, self.record["resid"] = self.calls.learn(self.model, tokens[:, self.first :], cache, self.read)
+        read_only = (self.model.unembed.hook_in, lambda _, __, resid: resid[:, self.read])
+        with hooked([read_only, *self._recorders()]):
+            logits = self.model(self.tokens[:, self.first :], past_key_values=cache)
         # Two positions at least, because products with a single row round differently from the whole run's.
         self.few = min(self.length - self.first, -min(*self.read, -2)) if cache.get_seq_length() else self.length
-        if self.few < self.length - self.first:
-            self.calls.learn(self.model, tokens[:1, -self.few :], self._before(cache), self.read)
         return logits
 
-    def _before(self, cache):
-        """The first prompt's keys and values before the last `few` positions."""
-        before = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            keys_values = (x[:1, :, : self.length - self.few] for x in (layer.keys, layer.values))
-            before.update(*keys_values, index)
-        return before
+    def _run_blocks(self, tokens: Tensor, cache: DynamicCache) -> None:
+        def stop(*_):
+            raise Stop  # before any logits
 
-    def _recorders(self):
-        def keep(part):
-            return lambda _, __, out: self.record[part].append(by_position(only_tensor(out)))
+        with hooked([(self.blocks[-1], stop)]), suppress(Stop):
+            self.model(tokens, past_key_values=cache)
 
-        def by_position(out):  # OPT's MLP gives all positions of all prompts on one axis
-            return out if out.ndim > 2 else out.unflatten(0, (-1, self.length - self.first))
+    def _recorders(self) -> Iterator[tuple[nn.Module, Callable]]:
+        def enter(_, args, __):
+            self.record["resid"].append(by_head(self.model, args[0], "resid", len(args[0])))
 
-        # BLOOM's attention adds the residual stream itself, so it is more than what o gives.
-        yield self.blocks[0].attn, lambda _, __, out: setattr(
-            self, "ends_in_o", torch.equal(only_tensor(out), self.record["attn"][0])
-        )
+        def keep(part, _, __, out):
+            self.gives[part] = out
+            self.record[part].append(by_head(self.model, out, part, len(self.tokens)))
+
         for block in self.blocks:
-            yield block, keep("out")
-            yield from ((block.get_submodule(PARTS[part]), keep(part)) for part in self.record.keys() & PARTS.keys())
+            yield block, enter
+            for part in self.record.keys() & PARTS.keys():
+                yield block.get_submodule(PARTS[part]), partial(keep, part)
 
-    def _check_patterns(self):
+    def _check_patterns(self) -> None:
         """Refuse patterns that cannot be edited: TransformerLens computes some models' only to show them."""
         if "pattern" in self.record:
             nothing = (self.blocks[0].attn.hook_pattern, lambda _, __, pattern: torch.zeros_like(pattern))
-            if torch.equal(self.block(0, self.rows("resid", 0, 1), [nothing]), self.record["out"][0][: self.n]):
+            if torch.equal(self.block(0, self.rows("resid", 0, 1), [nothing]), self.rows("out", 0, 1)):
                 raise ValueError(f"attention patterns of {self.model.cfg.architecture} can be read but not edited")
+
+    def rows(self, part: str, layer: int, n_items: int, n_pos: int = 0) -> Float[Tensor, "row pos d_model"]:
+        """A part of the record at the measured prompts, once for each item; the last `n_pos` positions, or all."""
+        return times(self.record[part][layer][: self.n, -n_pos:].flatten(2), n_items)
 
     # ---- running upwards ----
 
-    def part(self, layer: int, part: str) -> Float[Tensor, "prompt pos head width"]:
-        """A part of the record; what belongs to no head has a single one."""
-        return by_head(self.record[part][layer], part, self.model.cfg.d_head)
+    def _called(self, n_rows: int, n_pos: int) -> tuple[Shown, list[tuple[tuple, dict]]]:
+        """What the model calls its blocks with beside so many rows of the last positions, and the cache in it.
 
-    def rows(self, part: str, layer: int, n_items: int) -> Tensor:
-        """A part of the record at the measured prompts, once for each item."""
-        return times(self.record[part][layer][: self.n], n_items)
+        Learnt from the model, whose blocks do nothing meanwhile, since every architecture has its own arguments.
+        """
+        if (n_rows, n_pos) not in self.calls:
+            cache, calls = Shown(self.length - n_pos, len(self.blocks)), []
 
-    def block(self, layer: int, rows: Tensor, hooks: Iterable = (), join: Callable | None = None) -> Tensor:
+            def call(resid, *args, **kwargs):
+                calls.append((args, kwargs))
+                return like(self.gives["out"], resid)
+
+            with instead(self.blocks, call):
+                self._run_blocks(times(self.tokens[: self.n, -n_pos:], n_rows // self.n), cache)
+            self.calls[n_rows, n_pos] = cache, calls
+        return self.calls[n_rows, n_pos]
+
+    def block(self, layer: int, rows: Tensor, hooks: Sequence = (), join: Callable | None = None) -> Tensor:
         """Rows [row, pos, d_model] after one block; `hooks` are (module, torch forward hook)."""
-        args, kwargs = self.calls.of(layer, rows, join or self._with_past(layer))
-        if self.frozen:
-            hooks = [*hooks, (self.blocks[layer].attn.hook_pattern, self._freeze(layer))]
+        cache, calls = self._called(*rows.shape[:2])
+        cache.join, (args, kwargs) = join or self._with_past(layer), calls[layer]
+        if self.frozen:  # first, so that hooks may edit what was frozen
+            hooks = [self._freeze(layer), *hooks]
         with hooked(hooks):
             return only_tensor(self.blocks[layer](rows, *args, **kwargs))
 
-    def _with_past(self, layer):
+    def _with_past(self, layer: int) -> Callable:
         """Keys and values of positions before `first`, and then those of the rows."""
+        # Holds no sweep, which would hold itself by way of its caches and outlive its use.
+        n, past = self.n, self.past[layer] if self.first else ()
 
         def after(past, new):
-            new = new.unflatten(0, (-1, self.n))
+            new = new.unflatten(0, (-1, n))
             return torch.cat([past.expand(len(new), *past.shape), new], 3).flatten(0, 1)
 
-        return lambda *new: tuple(map(after, self.past[layer], new)) if self.first else new
+        return lambda *new: tuple(map(after, past, new)) if past else new
 
-    def _freeze(self, layer):
-        pattern = self.record["pattern"][layer][: self.n]
-        return lambda _, __, new: times(pattern[..., -new.shape[2] :, -new.shape[3] :], len(new) // self.n)
+    def _freeze(self, layer: int) -> tuple[nn.Module, Callable]:
+        pattern = self.record["pattern"][layer][: self.n].transpose(1, 2)
 
-    def through(self, layer: int, rows: Tensor, hooks: Iterable = ()) -> Tensor:
+        def put(_, __, new):
+            return times(pattern[:, :, -new.shape[2] :], len(new) // self.n)
+
+        return self.blocks[layer].attn.hook_pattern, put
+
+    def through(self, layer: int, rows: Tensor, hooks: Sequence = ()) -> Tensor:
         """Rows after a block; after the last one only its `few` last positions, from the first that is read on."""
-        if layer < self.last or rows.shape[1] == self.few:
+        if layer < len(self.blocks) - 1 or rows.shape[1] == self.few:
             return self.block(layer, rows, hooks)
-        hooks, with_past = list(hooks), self._with_past(layer)
+        with_past = self._with_past(layer)
 
         def stop(*new):
             raise Stop(with_past(*new))
@@ -147,40 +167,24 @@ class Sweep:
         keys_values = stopped(lambda: self.block(layer, rows, hooks, stop))
         return self.block(layer, rows[:, -self.few :], hooks, lambda *_: keys_values)
 
-    def inner(self, layer: int, rows: Tensor, part: str, hooks: Iterable = ()) -> Tensor:
+    def inner(self, layer: int, rows: Tensor, part: str, hooks: Sequence = ()) -> Float[Tensor, "row pos head width"]:
         """A part of a block on these rows, without running what follows it; `hooks` as in `block`."""
 
         def stop(_, __, out):
-            raise Stop(out)
+            raise Stop(by_head(self.model, out, part, len(rows)))
 
         module = self.blocks[layer].get_submodule(PARTS[part])
         return stopped(lambda: self.block(layer, rows, [*hooks, (module, stop)]))
-
-    def after_attention(self, layer: int, attn: Tensor) -> Tensor:
-        """Rows after a block whose attention gives `attn`, before any norm that follows it."""
-        resid, out, old = (
-            times(self.record[part][layer][: self.n, -attn.shape[1] :], len(attn) // self.n)
-            for part in ("resid", "out", "attn")
-        )
-        if self.model.cfg.attn_only:
-            return resid + attn
-        if self.model.cfg.parallel_attn_mlp:
-            return out + (attn - old)
-        args, kwargs = self.calls.of(layer, resid)
-        with instead(self.blocks[layer].attn, (attn, None)):
-            return only_tensor(self.blocks[layer](resid, *args, **kwargs))
 
     def swap(self, layer: int, part: str, new: Tensor, where: Tensor) -> tuple[nn.Module, Callable]:
         """Hook that puts `new` where `where` says, both as in `replaced`, at the last positions of what comes."""
 
         def put(_, __, given):
-            out = only_tensor(given)
-            by_row = out if out.ndim > 2 else out.unflatten(0, (len(where) * self.n, -1))
-            old = by_head(by_row, part, self.model.cfg.d_head).unflatten(0, (-1, self.n))
+            old = by_head(self.model, given, part, len(where) * self.n).unflatten(0, (-1, self.n))
             tail = slice(-old.shape[2], None)
             mixed = torch.where(where[:, :, tail], new[:, :, tail], old).flatten(0, 1)
-            mixed = (mixed.transpose(1, 2) if part == "pattern" else mixed).reshape(out.shape)
-            return (mixed, *given[1:]) if isinstance(given, tuple) else mixed
+            mixed = mixed.transpose(1, 2) if part == "pattern" else mixed
+            return like(given, mixed.reshape(only_tensor(given).shape))
 
         return self.blocks[layer].get_submodule(PARTS[part]), put
 
@@ -190,15 +194,20 @@ class Sweep:
         Shapes: new[#item, #prompt, pos, head, width] and where[item, 1, #pos, #head, 1]; what belongs to no head
         has a single one.
         """
-        if part not in ("resid", "z", "attn") or (part != "resid" and not self.ends_in_o):
+        if part != "resid" and not (part in ("z", "attn") and self.ends_in_o):
             return self.through(layer, self.rows("resid", layer, len(where)), [self.swap(layer, part, new, where)])
-        tail = slice(-self.few if layer == self.last and part != "resid" else None, None)
-        old = self.part(layer, part)[: self.n, tail]
+        tail = slice(-self.few if part != "resid" and layer == len(self.blocks) - 1 else None, None)
+        old = self.record[part][layer][: self.n, tail]
         mixed = torch.where(where[:, :, tail], new[:, :, tail], old).flatten(0, 1).flatten(2)
         if part == "resid":
             return self.through(layer, mixed)
         # Not the change through W_O alone: what a large head writes cancels, and rounds badly.
-        return self.after_attention(layer, self.blocks[layer].attn.o(mixed) if part == "z" else mixed)
+        attn = self.blocks[layer].attn.o(mixed) if part == "z" else mixed
+        if self.model.cfg.attn_only or self.model.cfg.parallel_attn_mlp:
+            out, before = (self.rows(which, layer, 1, attn.shape[1]) for which in ("out", "attn"))
+            return (attn.unflatten(0, (-1, self.n)) + (out - before)).flatten(0, 1)
+        with instead([self.blocks[layer].attn], lambda *_, **__: like(self.gives["attention"], attn)):
+            return self.block(layer, self.rows("resid", layer, len(where), attn.shape[1]))
 
     # ---- measuring ----
 
@@ -219,23 +228,20 @@ class Sweep:
 
         `edit(items)` gives the rows that leave the edited block.
         """
-        values, prompts = [self.baseline[:0]], torch.arange(self.n, device=self.baseline.device)
-        # As many unembedded at once as ENOUGH holds twice, or a plain run of the prompts.
-        most = max(ENOUGH // (8 * self.model.cfg.d_vocab), self.n_tokens // 2) // (self.n * len(self.read))
-        for rows in self._risen(edits):
-            for part in rows.split(self.n * max(1, most)):
-                values.append(self.metric.of(self.logits(part), times(prompts, len(part) // self.n)))
-        return torch.cat(values).view(-1, self.n).T - self.baseline[:, None]
-
-    def _risen(self, edits) -> Iterator[Tensor]:
-        """Edited rows that left the last block, in order, where they are read: [row, read, d_model]."""
-        cfg = self.model.cfg
-        width = 6 * cfg.d_model + 2 * (cfg.d_mlp or 0) + 2 * cfg.n_heads * self.length
-        size = max(1, ENOUGH // (4 * self.n * (self.length - self.first) * width))
+        values, size = [self.baseline[:0]], self._items_at_once()
         for layer, n_items, edit in edits:
-            items = torch.arange(n_items, device=self.baseline.device)
+            items = torch.arange(n_items, device=self.prompts.device)
             for part in items.tensor_split(-(-n_items // size)) if n_items else ():
                 rows = edit(part)
                 for above in range(layer + 1, len(self.blocks)):
                     rows = self.through(above, rows)
-                yield rows[:, self.read]
+                values.append(self.metric.of(self.logits(rows[:, self.read]), times(self.prompts, len(part))))
+        return torch.cat(values).view(-1, self.n).T - self.baseline[:, None]
+
+    def _items_at_once(self) -> int:
+        """As many as make ENOUGH activations, and ENOUGH logits or half of those of a plain run."""
+        cfg = self.model.cfg
+        width = 6 * cfg.d_model + 2 * (cfg.d_mlp or 0) + 2 * cfg.n_heads * self.length
+        by_width = ENOUGH // (4 * (self.length - self.first) * width)
+        by_logits = max(ENOUGH // (8 * cfg.d_vocab), self.tokens.numel() // 2) // len(self.read)
+        return max(1, min(by_width, by_logits) // self.n)

@@ -1,6 +1,8 @@
 """Sweeps equal running the whole model once for each edit, hold little memory, and leave no trace."""
 
+import gc
 import inspect
+import weakref
 from functools import partial
 
 import pytest
@@ -246,6 +248,23 @@ def test_the_model_is_left_as_it_was(tiny, architecture):
     assert torch.equal(model(prompts.tokens), before)
     assert not any(vars(module).get("forward") for module in model.modules())
     assert torch.is_grad_enabled()
+
+
+def test_a_sweep_is_gone_after_its_use(tiny, monkeypatch):
+    """At once, and not when the garbage collector comes: the next one needs its memory."""
+    made, enter = [], sweep.Sweep.__init__
+    monkeypatch.setattr(
+        sweep.Sweep, "__init__", lambda self, *a, **b: made.append(weakref.ref(self)) or enter(self, *a, **b)
+    )
+    model, prompts = tiny("gpt2"), batch()
+    gc.disable()
+    try:
+        for position in (None, "last"):
+            patch_heads(model, prompts.tokens, batch(1).tokens, answer_loss(prompts), "q", position)
+        patch_edges(model, prompts.tokens, batch(1).tokens, answer_loss(prompts), (2, 1))
+        assert len(made) == 3 and not any(ref() for ref in made)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -155,8 +155,9 @@ def sweeps(model: TransformerBridge, tokens: Tokens) -> list[Finding]:
 
     def mean_head(head: int):
         def edit(z, hook):
-            z[:, :, head] = z[:, :, head].mean(0)
-            return z
+            heads = z.reshape(*z.shape[:2], model.cfg.n_heads, -1)  # the library splits narrow values wrongly
+            heads[:, :, head] = heads[:, :, head].mean(0)
+            return heads.view(z.shape)
 
         return edit
 
