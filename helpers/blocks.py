@@ -85,3 +85,8 @@ def by_head(model: TransformerBridge, out, part: str, n_rows: int) -> Float[Tens
     n_heads = model.cfg.n_heads
     heads = {"z": n_heads, "q": n_heads} | dict.fromkeys("kv", model.cfg.n_key_value_heads or n_heads)
     return x if x.ndim == 4 else x.unflatten(2, (heads.get(part, 1), -1))
+
+
+def residual_multiplier(model: TransformerBridge) -> float:
+    """How many times what attention gives a block adds to the residual stream: Granite's is not 1."""
+    return getattr(getattr(model.original_model, "config", None), "residual_multiplier", 1.0)

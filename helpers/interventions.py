@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from helpers.blocks import residual_multiplier
 from helpers.metrics import Metric, Tokens, position_in
 from helpers.prompts import derangement
 from helpers.stats import head_name, progress
@@ -198,7 +199,7 @@ def written(
     after, before = block.attn.o(mixed.flatten(0, 1).flatten(2)), sweep.rows("attn", layer, len(heads))
     if "ln1_post" in block.submodules:
         after, before = block.ln1_post(after), block.ln1_post(before)
-    return after - before
+    return (after - before) * residual_multiplier(sweep.model)
 
 
 def _edge(sweep, layer, through, inputs, alone, sender, heads):

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from helpers.blocks import residual_multiplier
 from helpers.circuits import fold
 from helpers.metrics import final_logits, position_in
 from helpers.stats import progress
@@ -136,12 +137,12 @@ def _split(model, found, column: Float[Tensor, "d_model batch"], bias: Float[Ten
     if getattr(ln_final, "bias", None) is not None:
         bias = bias + ln_final.bias @ column
     column = before(ln_final, column, found.get("ln_final.hook_scale"))
-    # Granite's attention writes this many times what its heads give.
-    times = getattr(getattr(model.original_model, "config", None), "residual_multiplier", 1)
     heads, mlps = [], []
     for at, block in ((f"blocks.{layer}.", block) for layer, block in enumerate(model.blocks)):
         # Gemma 3 norms the sum of its heads before adding it to the stream.
-        read = times * before(getattr(block, "ln1_post", None), column, found.get(at + "ln1_post.hook_scale"))
+        read = residual_multiplier(model) * before(
+            getattr(block, "ln1_post", None), column, found.get(at + "ln1_post.hook_scale")
+        )
         W_O = block.attn.W_O
         z = found[at + "attn.hook_z"].flatten(1).unflatten(1, W_O.shape[:2])
         heads.append(torch.einsum("bhd,hdm,mb->bh", z, W_O, read))

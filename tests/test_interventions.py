@@ -172,7 +172,7 @@ def test_edges_equal_the_librarys_direct_paths(tiny, architecture):
     close(torch.stack(ours), torch.stack(theirs), 1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["shortformer", "gemma3"])
+@pytest.mark.parametrize("architecture", ["shortformer", "gemma3", "granite"])
 def test_edges_where_the_library_has_none(tiny, architecture):
     """All edges into all heads of the next layer are, together, the change of that layer's input."""
     model, corrupted, clean = tiny(architecture), batch(0), batch(1)

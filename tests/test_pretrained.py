@@ -28,9 +28,7 @@ TEXTS = (
     "def f(x):\n    return [x ** 2 for x in range(10)]\n\n\n        # naïve café — 東京 🙂",
     "<html><b>bold</b></html>   trailing  ",
 )
-installed = {
-    name: bool(convert.wheel_files(name)) and bool(importlib.util.find_spec("gguf")) for name in WHEELS
-}
+installed = {name: bool(convert.wheel_files(name)) and bool(importlib.util.find_spec("gguf")) for name in WHEELS}
 
 
 def needs(name):
