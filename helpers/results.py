@@ -110,27 +110,6 @@ class Results:
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         return table.map(lambda item: round(item, 3) if isinstance(item, float) else item)
 
-    # Older names, until the notebooks speak of `keep` alone.
-
-    def figure(self, figure, name: str) -> None:
-        from IPython.display import display
-
-        display(self.keep(name, figure))
-
-    def table(self, table: pd.DataFrame, name: str) -> pd.DataFrame:
-        return self.keep(name, table)
-
-    def record(self, **numbers) -> None:
-        self.numbers |= numbers
-
-    def headline(self) -> pd.DataFrame:
-        return self.finish()
-
-    def say(self, text: str) -> None:
-        from IPython.display import Markdown, display
-
-        display(Markdown(text))
-
 
 def _estimated(name: str, value, options: dict):
     """Samples as estimates, also inside a dict; single numbers of numpy and torch as Python's."""
