@@ -32,14 +32,14 @@ def invented_names(n: int, seed: int) -> list[str]:
 
 
 def pair_lists() -> list[tuple[str, str, list[str]]]:
-    """For each word of SYNONYMS a list of eight pairs with it in the fourth.
+    """For each word of SYNONYMS a list of six pairs with it in the fourth.
 
     Gives the text up to its partner, the whole list, and all partners, its own first.
     """
     words, found = [row[0] for row in SYNONYMS], []
     partners = "lamp paper music silver winter bread number garden glass cotton letter butter summer engine".split()
     for i in range(len(words)):
-        places = range(i - 3, i + 5)
+        places = range(i - 3, i + 3)
         pairs = [f" {words[j % len(words)]} {partners[j % len(partners)]}" for j in places]
         listed = [partners[j % len(partners)] for j in (i, *(j for j in places if j != i))]
         found.append(("Pairs:" + ",".join(pairs[:4]), "Pairs:" + ",".join(pairs) + ", ", listed))
