@@ -1,10 +1,11 @@
 """What is measured: metrics of a model's logits, and shares of a gap between two of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -90,6 +91,15 @@ def share(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]) -
     mean = gap.mean()
     ratio = effect.mean(0) / mean
     return ratio + (effect - ratio * gap.view(-1, *[1] * ratio.ndim)) / mean
+
+
+def by_class(
+    values: Float[Tensor, "text pos"], labels: Shaped[np.ndarray, "text pos"], wanted: Iterable, least: int = 10
+) -> dict[object, Float[Tensor, "text"]]:
+    """Mean of `values` over the tokens of each label that at least `least` texts have, by `share`: a sample a text."""
+    masks = {label: torch.from_numpy(labels == label).to(values.device) for label in wanted}
+    masks = {label: mask for label, mask in masks.items() if mask.any(1).sum() >= least}
+    return {label: share((values * mask).sum(1), mask.sum(1).float()) for label, mask in masks.items()}
 
 
 def final_logits(model: TransformerBridge, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_vocab"]:

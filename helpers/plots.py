@@ -213,3 +213,11 @@ def token_strip(
 def visible(token: str) -> str:
     """A token's text with its spaces and line breaks made visible."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+
+
+def estimates(kept: dict[str, dict[str, dict]], label: str, title: str = "") -> Figure:
+    """`intervals` of `{colour: {row: estimate}}`, as `results.keep` gives it back."""
+    tables = {name: pd.DataFrame(rows).T.rename_axis("row").reset_index() for name, rows in kept.items()}
+    figure = intervals(tables, "row", label, title)
+    figure.axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # many points leave no room inside
+    return figure

@@ -7,8 +7,8 @@ def test_08_the_matrices_are_the_models(summary):
 
 def test_08_weights_name_the_induction_heads_that_attention_names(summary):
     r = summary("08_circuit_weights")
-    assert r["wire_found"] and r["wire"][0].startswith("L0") and r["wire"][1] in r["heads_by_weights"]
-    assert sorted(r["heads_by_weights"]) == sorted(r["heads_by_attention"]) and len(r["heads_by_weights"]) == 2
+    assert r["wire_found"] and r["wire"][0].startswith("L0") and r["wire"][1] in r["heads"]["by_weights"]
+    assert sorted(r["heads"]["by_weights"]) == sorted(r["heads"]["by_attention"]) and len(r["heads"]["by_weights"]) == 2
 
 
 def test_08_the_match_is_through_block_0_and_gone_from_the_plain_embedding(summary):

@@ -6,9 +6,9 @@ def live(summary, *names):
     return [results[f"live_{what}: {name}"] for what in ("induction_at_the_end", "second_copy_nats") for name in names]
 
 
-def test_09_much_is_done_where_the_gain_is_said_to_begin(summary):
-    done = summary("09_training_dynamics")["done_at_the_bend"]
-    (previous,) = (share for name, share in done.items() if "previous" in name)
+def test_09_much_is_done_where_the_gain_is_said_to_begin(table):
+    done = table("09_training_dynamics", "order_million_tokens").set_index("curve")["done at the bend"]
+    (previous,) = done[done.index.str.contains("previous")]
     assert previous > 0.5 and done["in-context learning"] > 0.3 and done["copy gain"] < 0.2
 
 
@@ -17,8 +17,9 @@ def test_09_repeated_pairs_become_easier_and_nothing_else(summary):
     assert results["change_where_the_pair_repeats_nats"]["high"] < -1
     elsewhere = results["change_elsewhere_nats"]
     assert -0.15 < elsewhere["low"] and elsewhere["high"] < 0.15
-    two, one = (results[f"one_text_repeated_pairs_induction-{n}l_nats"] for n in (2, 1))
-    assert two["after"] < two["before"] - 1 and one["after"] > one["before"] - 0.2
+    of_text = {name: after - before for name, (before, after) in results["one_text_before_and_after_nats"].items()}
+    assert of_text["induction-2l: repeated pairs"] < -1 and of_text["induction-1l: repeated pairs"] > -0.2
+    assert all(abs(of_text[f"induction-{n}l: others"]) < 0.25 for n in (1, 2))
 
 
 def test_09_the_heads_are_worth_little_before_the_mark_and_nearly_all_at_the_end(summary):
@@ -39,10 +40,10 @@ def test_09_two_layers_learn_it_live_and_one_does_not(summary):
     assert loss_two["high"] < 0.5 and loss_one["low"] > 2
 
 
-def test_09_attention_to_the_token_before_starts_first_ends_later_and_is_spread(summary):
-    results = summary("09_training_dynamics")
-    assert results["live_previous_sum_after_induction_at_10_steps"]["high"] < 0
-    assert results["live_previous_sum_after_induction_at_50_steps"]["mean"] > -5
+def test_09_attention_to_the_token_before_starts_first_ends_later_and_is_spread(summary, table):
+    results, order = summary("09_training_dynamics"), table("09_training_dynamics", "live_order_steps")
+    assert len(order) >= 8 and (order["sum previous 10 %"] < order["induction 10 %"] - 20).sum() >= len(order) - 1
+    assert results["live_previous_sum_after_induction_steps"]["50 %"]["mean"] > -5
     assert results["live_best_previous_at_the_end"]["high"] < 0.5
     assert 0.8 < results["live_sum_previous_at_the_end"]["mean"] < 1.4
 

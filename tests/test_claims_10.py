@@ -1,23 +1,23 @@
 """What notebook 10 says in words, held to the committed summaries."""
 
-REAL = ("smollm2-135m", "gemma3-270m")
-
 
 def test_10_the_damage_is_at_pairs_that_were_there_before(summary):
     harm = summary("10_in_the_wild")["harm_by_class_nats"]
     ours, control = harm["induction heads"], harm["random heads"]
     for name in ("second time", "later time"):
         assert ours[name]["low"] > 1 and ours[name]["low"] > 10 * control[name]["high"]
-    assert ours["new"]["high"] < 0.1 and ours["first of a repeat"]["high"] < 0.3
+    assert ours["new"]["high"] < 0.1
+    little = ours["first of a repeat"]
+    assert little["high"] < 0.2 * ours["second time"]["low"] and little["mean"] < control["first of a repeat"]["mean"]
     assert ours["other continuation"]["high"] < 0  # better without the heads
     # Random heads do the opposite: they matter where nothing repeats.
     for name in ("first of a repeat", "other continuation", "new"):
         assert control[name]["low"] > control["second time"]["high"]
 
 
-def test_10_no_random_draw_comes_near_at_any_distance(summary):
+def test_10_no_random_set_comes_near_at_any_distance(summary):
     results = summary("10_in_the_wild")
-    assert results["harm_on_repeats_nats"]["low"] > 10 * results["largest_random_harm_on_repeats_nats"]
+    assert results["harm_on_repeats_nats"]["low"] > 5 * results["largest_random_harm_on_repeats_nats"]
     assert all(found["low"] > 1 for found in results["harm_by_distance_nats"]["induction heads"].values())
 
 
@@ -29,25 +29,33 @@ def test_10_most_of_the_gain_in_context_goes_with_the_heads_and_as_much_with_tho
     }
     assert lost["induction heads"]["low"] > 0.5 and lost["strongest others"]["low"] > 0.5
     assert lost["random heads"]["high"] < 0.1
+    # The heads that feed the induction heads are among the strongest others.
+    assert summary("08_circuit_weights")["wire"][0] in results["strongest_others"]
 
 
 def test_10_a_name_is_as_hard_as_new_without_the_heads(summary):
-    results = summary("10_in_the_wild")
-    cases = ("first mention", "second mention", "second, without induction heads", "second, without random heads")
-    first, later = (
-        {case: results[f"{place}_of_a_name_nats: {case}"] for case in cases}
-        for place in ("first_token", "later_tokens")
+    names = summary("10_in_the_wild")["by_token_of_a_name_nats"]
+    new, intact, ablated, control = (
+        names[case]
+        for case in (
+            "first mention",
+            "second, intact",
+            "second, without induction heads",
+            "second, without random heads",
+        )
     )
-    assert later["second mention"]["high"] < 0.5 < first["second mention"]["low"]
-    assert first["second mention"]["high"] < first["first mention"]["low"]
-    without = later["second, without induction heads"]
-    assert abs(without["mean"] - later["first mention"]["mean"]) < 0.5
-    assert abs(later["second, without random heads"]["mean"] - later["second mention"]["mean"]) < 0.2
+    assert intact["token 1"]["high"] < new["token 1"]["low"] / 2 and intact["token 1"]["low"] > 1
+    for place in ("token 2", "token 3", "token 4", "token 5"):
+        assert intact[place]["high"] < 0.5
+    for place in new:
+        assert ablated[place]["high"] > new[place]["mean"]
+        assert control[place]["mean"] < intact[place]["mean"] + 0.2
 
 
 def test_10_the_default_model_knows_no_facts(summary):
     results = summary("10_in_the_wild")
-    assert results["neutral_margin_logits"]["low"] < 0 < results["neutral_margin_logits"]["high"]
+    known = results["facts_known_share"]
+    assert known["low"] < 0.5 < known["high"] and known["n"] >= 64
     assert "agreement_margin_logits" not in results
 
 
@@ -55,3 +63,39 @@ def test_10_it_is_repeats_and_not_what_is_common(summary):
     harm = summary("10_in_the_wild")["harm_by_rarity_nats"]["induction heads"]
     assert harm["rare pair, repeated"]["low"] > harm["common pair, repeated"]["high"] > 1
     assert harm["common pair, not repeated"]["high"] < 0.05 and harm["rare pair, not repeated"]["high"] < 0.1
+
+
+# ---- sections 5 and 6, on a model that knows words and facts ----
+
+
+def test_10_heads_match_more_than_tokens_and_less_than_meaning(summary):
+    results = summary("10_in_the_wild", "smollm2-135m")
+    attended = {form: found["mean"] for form, found in results["attention_to_the_partner"].items()}
+    assert attended["capital letter"] > 0.75 * attended["same word"]
+    assert max(attended["plural"], attended["synonym"]) < 0.5 * attended["same word"]
+    assert 1.5 * attended["not in the list"] < attended["French"] < 0.25 * attended["same word"]
+    margins = results["inexact_repeats_margin_logits"]
+    intact, without = (
+        {form: v["mean"] for form, v in margins[s].items()} for s in ("intact", "without induction heads")
+    )
+    for form in ("same word", "capital letter"):
+        assert without[form] < 0.5 * intact[form]
+    for form in ("plural", "synonym"):
+        assert 0 < intact[form] - without[form] < intact["same word"] - without["same word"]
+
+
+def test_10_a_mention_does_it_all_and_the_induction_heads_none_of_it(summary):
+    results = summary("10_in_the_wild", "smollm2-135m")
+    assert results["shift_logits: told"]["n"] >= 64
+    shift = {
+        case: results["shift_logits: " + case] for case in ("wrong city mentioned", "true of another country", "told")
+    }
+    assert shift["wrong city mentioned"]["low"] > shift["told"]["mean"] > 2 * shift["true of another country"]["high"]
+    removed = results["shift_removed_logits: told, without induction heads"]
+    assert removed["low"] < 0 < removed["high"] < 0.1 * shift["told"]["mean"]
+    assert results["shift_removed_logits: told, without random heads"]["low"] > removed["high"]
+    margin = {side: results["agreement_margin_logits"][side]["nothing"] for side in ("intact", "without random heads")}
+    assert margin["without random heads"]["high"] < margin["intact"]["low"]
+    # Nor of what is told about a country that does not exist, though they carry names.
+    assert results["shift_logits: invented, told"]["low"] > 5
+    assert results["shift_removed_logits: invented, told, without induction heads"]["high"] < 0

@@ -1,9 +1,10 @@
 """Shares of a gap: what they are, and when there is none."""
 
+import numpy as np
 import pytest
 import torch
 
-from helpers.metrics import recovery
+from helpers.metrics import by_class, recovery
 from helpers.stats import bootstrap_interval
 
 
@@ -29,3 +30,14 @@ def test_recovery_refuses_a_gap_whose_interval_contains_zero(n):
 def test_recovery_refuses_prompts_that_do_not_differ():
     with pytest.raises(ValueError, match="an interval that contains zero"):
         recovery(torch.ones(2), torch.zeros(2))
+
+
+def test_a_class_has_the_mean_of_its_tokens_and_needs_enough_texts():
+    generator = torch.Generator().manual_seed(0)
+    values, labels = torch.randn(12, 30, generator=generator), np.where(np.arange(360).reshape(12, 30) % 7, "a", "b")
+    labels[0, :5] = "rare"
+    found = by_class(values, labels, ["a", "b", "rare"])
+    assert found.keys() == {"a", "b"}
+    for name, samples in found.items():
+        assert len(samples) == 12
+        torch.testing.assert_close(samples.mean(), values[torch.from_numpy(labels == name)].mean())

@@ -122,3 +122,10 @@ def test_a_circuit_goes_from_left_to_right_and_no_label_lies_over_another():
     assert place["L0H0"] < place["L1H1"] < place["L5H1"] < place["L6H1"]
     widths = {round(text.arrow_patch.get_linewidth(), 3) for text in figure.axes[0].texts if text.arrow_patch}
     assert len(widths) == 14
+
+
+def test_estimates_draws_a_row_for_each_name_and_a_colour_for_each_side():
+    kept = {side: {name: {"mean": 1.0, "low": 0.5, "high": 2.0, "n": 20} for name in ("a", "b", "c")} for side in "xy"}
+    (axis,) = plots.estimates(kept, "nats").axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["x", "y"]
