@@ -1,11 +1,11 @@
-"""Notebooks of two cells, with which the runner is tried."""
+"""Notebooks of a title and two cells, with which the runner is tried."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
 import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 PARAMETERS = """model_name = "induction-2l"  # model
 size = 3  # size, at least 1, at most 50
@@ -36,9 +36,9 @@ def sleeping(name: str) -> str:
 
 def write_notebook(folder: Path, name: str, code: str, parameters: str | None = PARAMETERS) -> Path:
     folder.mkdir(exist_ok=True)
-    cells = [new_code_cell(code)]
+    cells = [new_markdown_cell("# A title"), new_code_cell(code)]
     if parameters:
-        cells.insert(0, new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+        cells.insert(1, new_code_cell(parameters, metadata={"tags": ["parameters"]}))
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     path = folder / f"{name}.ipynb"
     nbformat.write(new_notebook(cells=cells, metadata=kernel), path)

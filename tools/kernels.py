@@ -130,7 +130,8 @@ async def _run_cells(
         await client.async_start_new_kernel_client()
         for index, cell in enumerate(notebook.cells):
             await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
-            on_cell(client.code_cells_executed)
+            if cell.cell_type == "code":
+                on_cell(client.code_cells_executed)
     except CellExecutionError as failure:
         return client.code_cells_executed, failure.ename, failure.evalue
     except DeadKernelError:

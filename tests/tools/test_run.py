@@ -29,9 +29,11 @@ def run_them(notebooks, out, wanted=None, parameters=None, n_parallel=1, models=
     return run.run(jobs, n_parallel)
 
 
-def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path):
+def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path, capsys):
     out = tmp_path / "out"
     errors = run_them(notebooks, out, parameters={"size": "7"}, n_parallel=2)
+    said = capsys.readouterr().out
+    assert all(said.count(f"started {name}") == 1 for name in ("01_good", "02_bad"))
     assert list(errors) == ["02_bad on induction-2l"] and "ZeroDivisionError" in errors["02_bad on induction-2l"]
     kept = out / "induction-2l"
     assert {p.name for p in kept.iterdir()} == {"01_good", "01_good.ipynb", "02_bad.failed.ipynb", "report.md"}
@@ -57,9 +59,9 @@ def test_a_run_of_the_same_again_changes_no_byte(notebooks, tmp_path):
     assert not run_them(notebooks, tmp_path / "out", ["01"])
     assert contents(tmp_path / "out") == before
     stored = run.read_notebook(tmp_path / "out/induction-2l/01_good.ipynb")
-    assert set(stored.metadata) == {"kernelspec"} and "warn" not in str([cell.outputs for cell in stored.cells])
+    assert set(stored.metadata) == {"kernelspec"} and "warn" not in str([cell.get("outputs") for cell in stored.cells])
     assert [dict(cell.metadata) for cell in stored.cells] == [
-        {"tags": ["parameters"]}, {"tags": ["injected-parameters"]}, {}
+        {}, {"tags": ["parameters"]}, {"tags": ["injected-parameters"]}, {}
     ]  # fmt: skip
 
 
