@@ -10,8 +10,14 @@ from helpers.plots import PALETTE, subplots
 def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     """Heads from left to right by layer; an arrow for each edge, as wide as its effect, in the colour of Q, K or V.
 
-    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats.
+    `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats. Without
+    edges the figure says so.
     """
+    if edges.empty:
+        figure, axis = subplots(figsize=(6, 1.2))
+        _text(axis, "no edge is clear of zero", (0.5, 0.5), size=11, ha="center")
+        axis.set(title=title)
+        return figure
     ends = edges.sort_values(["receiver", "effect_nats"], ascending=[True, False], ignore_index=True)
     ends["y"] = -ends.index - 0.6 * ends.groupby("receiver").ngroup()
     heights = ends.groupby("receiver")["y"].mean().to_dict()

@@ -50,17 +50,21 @@ def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) 
 def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
     """Means over the first axis and intervals that hold all of them at once with probability 0.95.
 
-    The half-width is the quantile, over bootstrap draws, of the largest studentised error of any
-    member. Source: Westfall & Young 1993, "Resampling-Based Multiple Testing".
+    From 20 samples the half-width is the quantile, over bootstrap draws, of the largest studentised
+    error of any member (Westfall & Young 1993, "Resampling-Based Multiple Testing"); below 20, where
+    that is too wide, the t interval at 0.05 over the number of members (Dunn 1961).
 
     Raises:
         ValueError: there are fewer than 5 samples, or a sample is not finite.
     """
     values = _finite(values)
-    if len(values) < 5:
-        raise ValueError(f"{len(values)} samples are too few for an interval over many members; use at least 5")
-    mean, spread = values.mean(0), values.std(0)
-    weights, centred = bootstrap_weights(len(values), n_resamples, seed), values - values.mean(0)
+    n, mean, spread = len(values), values.mean(0), values.std(0)
+    if n < 5:
+        raise ValueError(f"{n} samples are too few for an interval over many members; use at least 5")
+    if n < 20:
+        reach = tests.t.ppf(1 - 0.025 / max(1, mean.size), n - 1) * spread / (n - 1) ** 0.5
+        return mean, mean - reach, mean + reach
+    weights, centred = bootstrap_weights(n, n_resamples, seed), values - mean
     shift, square = (np.tensordot(weights, power, axes=1) for power in (centred, centred**2))
     # The floor keeps draws of one sample over and over, which have no spread, from dividing by zero.
     error = np.abs(shift) / np.sqrt(np.maximum(square - shift**2, 1e-6 * spread**2 + 1e-30))

@@ -129,3 +129,9 @@ def test_estimates_draws_a_row_for_each_name_and_a_colour_for_each_side():
     (axis,) = plots.estimates(kept, "nats").axes
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "b", "c"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["x", "y"]
+
+
+def test_a_circuit_without_edges_says_so():
+    edges = pd.DataFrame(columns=["sender", "receiver", "through", "effect_nats"])
+    axis = saved(diagrams.circuit(edges, "a model")).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["no edge is clear of zero"]

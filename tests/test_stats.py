@@ -51,8 +51,9 @@ def test_a_familywise_interval_is_seldom_clear_of_zero_anywhere(n):
         stats.familywise_interval(np.zeros((4, 3)))
 
 
-def test_a_familywise_interval_finds_what_is_there():
-    values = np.random.default_rng(0).normal(size=(24, 50))
+@pytest.mark.parametrize("n", [12, 24])
+def test_a_familywise_interval_finds_what_is_there(n):
+    values = np.random.default_rng(0).normal(size=(n, 50))
     values[:, 7] += 3
     mean, low, _ = stats.familywise_interval(values)
     assert (low > 0).nonzero()[0].tolist() == [7] and mean[7] == pytest.approx(values[:, 7].mean())
