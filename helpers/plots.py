@@ -198,7 +198,9 @@ def token_strip(
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} values for {len(tokens)} tokens")
     rows, empty = -(-len(tokens) // per_row), -len(tokens) % per_row
-    texts = [re.sub("·{3,}", lambda run: f"·×{len(run[0])}", visible(t)) for t in tokens] + [""] * empty
+    fits = 112 // per_row  # characters in a cell
+    texts = [re.sub("·{3,}", lambda run: f"·×{len(run[0])}", visible(t)) for t in tokens]
+    texts = [t if len(t) <= fits else t[: fits - 1] + "…" for t in texts] + [""] * empty
     padded = np.append(values, [np.nan] * empty)
     figure, axis = subplots(figsize=(12, 0.55 * rows + 1.2))
     sns.heatmap(

@@ -135,3 +135,11 @@ def test_a_circuit_without_edges_says_so():
     edges = pd.DataFrame(columns=["sender", "receiver", "through", "effect_nats"])
     axis = saved(diagrams.circuit(edges, "a model")).axes[0]
     assert [text.get_text() for text in axis.texts] == ["no edge is clear of zero"]
+
+
+def test_no_token_of_a_strip_lies_over_its_neighbour():
+    figure = saved(plots.token_strip(["exaggeration", "a", "insufficient"] * 8, torch.rand(24), "loss (nats)"))
+    figure.canvas.draw()
+    texts = [text.get_window_extent() for text in figure.axes[0].texts[:16]]
+    assert all(left.x1 <= right.x0 for left, right in zip(texts, texts[1:]))
+    assert figure.axes[0].texts[0].get_text() == "exagge…"
