@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -138,8 +139,10 @@ def test_a_circuit_without_edges_says_so():
 
 
 def test_no_token_of_a_strip_lies_over_its_neighbour():
-    figure = saved(plots.token_strip(["exaggeration", "a", "insufficient"] * 8, torch.rand(24), "loss (nats)"))
-    figure.canvas.draw()
+    with matplotlib.rc_context():
+        plots.use_style()
+        figure = plots.token_strip(["exaggeration", "a", "insufficient"] * 8, torch.rand(24), "loss (nats)")
+    figure.draw_without_rendering()  # lays it out
     texts = [text.get_window_extent() for text in figure.axes[0].texts[:16]]
     assert all(left.x1 <= right.x0 for left, right in zip(texts, texts[1:]))
     assert figure.axes[0].texts[0].get_text() == "exagge…"
