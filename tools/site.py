@@ -35,7 +35,9 @@ _FRAME = Path(__file__).with_suffix(".html")
 PAGES = {
     "atlas.md": "The models side by side",
     "architectures.md": "Which architectures are read rightly",
+    "runs.md": "Along training and across seeds",
     "benchmarks/sweeps.md": "Sweeps: time beside other libraries",
+    "benchmarks/scaling.md": "How the cost of a sweep grows",
 }
 
 
