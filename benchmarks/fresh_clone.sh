@@ -17,9 +17,8 @@ seconds() {
 install=$(seconds make .venv/.ready)
 run=$(seconds make run)
 test=$(seconds make test)
-both=$(seconds .venv/bin/python -m tools run --jobs 2)
 minutes() { awk "BEGIN {printf \"%.2f\", $1 / 60}"; }
 mkdir -p "$root/outputs/benchmarks"
-printf '{"install_minutes": %s, "run_minutes": %s, "test_minutes": %s, "run_two_at_a_time_minutes": %s, "cores": %s}\n' \
-    "$(minutes "$install")" "$(minutes "$run")" "$(minutes "$test")" "$(minutes "$both")" "$(nproc)" > "$root/outputs/benchmarks/fresh_clone.json"
+printf '{"install_minutes": %s, "run_minutes": %s, "test_minutes": %s, "cores": %s}\n' \
+    "$(minutes "$install")" "$(minutes "$run")" "$(minutes "$test")" "$(nproc)" > "$root/outputs/benchmarks/fresh_clone.json"
 cat "$root/outputs/benchmarks/fresh_clone.json"
