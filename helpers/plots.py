@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from torch import Tensor
 
 from helpers.stats import head_table
@@ -212,9 +213,15 @@ def token_strip(
     return figure
 
 
-def visible(token: str) -> str:
+def spaced(token: str) -> str:
     """A token's text with its spaces and line breaks made visible."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+
+
+def visible(token: str) -> str:
+    """`spaced` for a figure: a letter that its fonts lack, as of Bengali, is an empty box."""
+    fonts = [get_font(findfont(name)).get_charmap() for name in ("DejaVu Sans", "DejaVu Sans Mono")]
+    return "".join(c if all(ord(c) in font for font in fonts) else "▯" for c in spaced(token))
 
 
 def estimates(kept: dict[str, dict[str, dict]], label: str, title: str = "") -> Figure:

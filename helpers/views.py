@@ -12,7 +12,7 @@ from IPython.display import HTML
 from jaxtyping import Float
 from torch import Tensor
 
-from helpers.plots import visible
+from helpers.plots import spaced
 
 _CALL = re.compile(
     r'from "(?P<cdn>[^"]+)";\s*render\(\s*"(?P<id>[^"]+)",\s*(?P<element>\w+),(?P<props>.*)\)\s*</script>', re.S
@@ -40,7 +40,7 @@ def heads(attention: Float[Tensor, "head query key"], tokens: list[str], names: 
     if attention.shape != (len(names), len(tokens), len(tokens)):
         raise ValueError(f"patterns {tuple(attention.shape)} for {len(names)} names and {len(tokens)} tokens")
     rounded = np.round(attention.cpu().numpy().astype(np.float64), 3).tolist()
-    return _without_script(attention_heads(rounded, [visible(t) for t in tokens], names))
+    return _without_script(attention_heads(rounded, [spaced(t) for t in tokens], names))
 
 
 def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[str] | None = None) -> HTML:
@@ -52,7 +52,7 @@ def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[s
     values = torch.as_tensor(values, dtype=torch.float64).cpu().round(decimals=3)
     if values.shape != (len(texts), *([len(labels)] if labels else [])):
         raise ValueError(f"values {tuple(values.shape)} for {len(texts)} tokens and {len(labels or [])} labels")
-    shown = [visible(t) for t in texts]
+    shown = [spaced(t) for t in texts]
     return _without_script(
         colored_tokens_multi(shown, values, labels) if labels else colored_tokens(shown, values.tolist())
     )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -146,3 +147,10 @@ def test_no_token_of_a_strip_lies_over_its_neighbour():
     texts = [text.get_window_extent() for text in figure.axes[0].texts[:16]]
     assert all(left.x1 <= right.x0 for left, right in zip(texts, texts[1:]))
     assert figure.axes[0].texts[0].get_text() == "exagge…"
+
+
+def test_a_letter_that_the_fonts_lack_is_a_box():
+    assert plots.visible(" সা졸é\n") == "·▯▯▯é⏎"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved(plots.token_strip(["졸", " é"], torch.rand(2), "loss (nats)"))
