@@ -99,3 +99,15 @@ def test_10_a_mention_does_it_all_and_the_induction_heads_none_of_it(summary):
     # Nor of what is told about a country that does not exist, though they carry names.
     assert results["shift_logits: invented, told"]["low"] > 5
     assert results["shift_removed_logits: invented, told, without induction heads"]["high"] < 0
+
+
+def test_10_in_the_other_model_the_induction_heads_take_part(summary):
+    results = summary("10_in_the_wild", "gemma3-270m")
+    shift = {case: results["shift_logits: " + case] for case in ("wrong city mentioned", "told", "invented, told")}
+    part = {case: results[f"shift_removed_logits: {case}, without induction heads"] for case in shift}
+    assert 0.5 * shift["told"]["high"] < shift["wrong city mentioned"]["low"]
+    assert part["wrong city mentioned"]["high"] < 0.1 * shift["wrong city mentioned"]["low"]
+    share = {case: part[case]["mean"] / shift[case]["mean"] for case in shift}
+    assert 1 / 3 < share["told"] < share["invented, told"]
+    for case in ("told", "invented, told"):
+        assert results[f"shift_removed_logits: {case}, without random heads"]["high"] < 0 < part[case]["low"]
