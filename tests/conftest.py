@@ -218,7 +218,7 @@ def write_tokenizer(folder: Path) -> None:
 FLAGS = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an event loop runs as long as it is open, and the runner's tests need their own
 def browser():
     program = handout.browser()
     if program is None and os.environ.get("REQUIRE_ALL"):
