@@ -66,15 +66,19 @@ def evaluate(model: TransformerBridge, tokens: Tokens, metric: Metric, chunk: in
     return torch.cat(parts)
 
 
+class NoGap(ValueError):
+    """Clean and corrupted prompts do not differ beyond chance: this model does not do the task."""
+
+
 def recovery(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt *rest"]:
     """Effects as a share of `gap`, the clean minus the corrupted metric, by `share`.
 
     Raises:
-        ValueError: the 95 % interval of the mean gap contains zero.
+        NoGap: the 95 % interval of the mean gap contains zero.
     """
     mean, low, high = map(float, bootstrap_interval(gap.cpu().numpy()))
     if low <= 0 <= high:
-        raise ValueError(
+        raise NoGap(
             f"clean and corrupted metrics differ by {mean:.2g} [{low:.2g}, {high:.2g}], an interval that contains "
             "zero: nothing is a share of that, so take prompts on which the model does the task"
         )

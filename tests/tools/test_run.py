@@ -247,8 +247,11 @@ def test_a_run_that_is_resumed_gives_the_files_of_one_run(notebooks, tmp_path, m
     assert main(resume) == 0 and (tmp_path / "out/induction-2l/01_good.ipynb").exists()
 
 
-def test_a_notebook_that_does_not_apply_says_so_and_is_no_failure(notebooks, tmp_path, monkeypatch, capsys):
-    code = good("02_bad") + "\nclass NotApplicable(Exception): pass\nraise NotApplicable('induction-1l has one layer')"
+@pytest.mark.parametrize("source, name", [("results", "NotApplicable"), ("metrics", "NoGap")])
+def test_a_notebook_that_does_not_apply_says_so_and_is_no_failure(
+    notebooks, tmp_path, monkeypatch, capsys, source, name
+):
+    code = good("02_bad") + f"\nfrom helpers.{source} import {name}\nraise {name}('induction-1l has one layer')"
     write_notebook(notebooks, "02_bad", code)
     monkeypatch.setattr(run, "NOTEBOOKS", notebooks)
     assert main(["run", "--notebooks", "02", "--out", str(tmp_path / "out")]) == 0
