@@ -223,19 +223,20 @@ def _together(sweep, sets, replacements):
     for index, heads in enumerate(sets):
         for layer, head in heads:
             members[layer, index, :, :, head] = True
+    # Below its lowest head a set changes nothing, so its rows start there.
+    lowest = members.flatten(2).any(2).int().argmax(0) * ("mlp" not in replacements)
+    by_layer = lowest.argsort(stable=True).split(lowest.bincount(minlength=cfg.n_layers).tolist())
 
-    def edit(items):
-        rows = sweep.rows("resid", 0, len(items))
-        for layer in range(len(sweep.blocks)):
-            where = {"z": members[layer, items], "mlp": members.new_ones(len(items), 1, 1, 1, 1)}
+    def edit(start, chosen, items):
+        rows = sweep.rows("resid", start, len(items))
+        for layer in range(start, cfg.n_layers):
+            where = {"z": members[layer, chosen[items]], "mlp": members.new_ones(len(items), 1, 1, 1, 1)}
             new = {part: replacement(sweep.record[part][layer])[None] for part, replacement in replacements.items()}
             rows = sweep.through(layer, rows, [sweep.swap(layer, part, new[part], where[part]) for part in new])
         return rows
 
-    return sweep.effects([(len(sweep.blocks) - 1, len(sets), edit)])
-
-
-# ---- positions ----
+    effects = sweep.effects((cfg.n_layers - 1, len(c), partial(edit, start, c)) for start, c in enumerate(by_layer))
+    return effects[:, torch.cat(by_layer).argsort()]
 
 
 def _resolve(position, tokens, metric):
