@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,7 @@ from helpers.stats import head_table
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # both readable with the common colour blindnesses
 PALETTE = sns.color_palette("colorblind")
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend: at the right of the axes
 
 
 def use_style() -> None:
@@ -153,8 +155,8 @@ def curve(
     if isinstance(names[0], str):
         axis.set_xticks(range(0, len(names), _every(len(names))), names[:: _every(len(names))], rotation=30, ha="right")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if len(lines) > 1:
-        axis.legend(frameon=False)
+    if len(lines) > 1:  # many names leave no room inside
+        axis.legend(frameon=False, **(BESIDE if len(lines) > 3 else {}))
     sns.despine(figure)
     return figure
 
@@ -220,13 +222,18 @@ def spaced(token: str) -> str:
 
 def visible(token: str) -> str:
     """`spaced` for a figure: a letter that its fonts lack, as of Bengali, is an empty box."""
-    fonts = [get_font(findfont(name)).get_charmap() for name in ("DejaVu Sans", "DejaVu Sans Mono")]
-    return "".join(c if all(ord(c) in font for font in fonts) else "▯" for c in spaced(token))
+    return "".join(c if ord(c) in _letters() else "▯" for c in spaced(token))
+
+
+@cache
+def _letters() -> frozenset[int]:
+    fonts = (get_font(findfont(name)) for name in ("DejaVu Sans", "DejaVu Sans Mono"))
+    return frozenset.intersection(*(frozenset(font.get_charmap()) for font in fonts))
 
 
 def estimates(kept: dict[str, dict[str, dict]], label: str, title: str = "") -> Figure:
     """`intervals` of `{colour: {row: estimate}}`, as `results.keep` gives it back."""
     tables = {name: pd.DataFrame(rows).T.rename_axis("row").reset_index() for name, rows in kept.items()}
     figure = intervals(tables, "row", label, title)
-    figure.axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # many points leave no room inside
+    figure.axes[0].legend(frameon=False, **BESIDE)  # many points leave no room inside
     return figure
