@@ -107,11 +107,6 @@ def estimate_of_draws(draws: Float[np.ndarray, "draw"], n: int) -> dict[str, flo
     return {"mean": float(draws[0]), "low": float(low), "high": float(high), "n": n}
 
 
-def show(result: dict, digits: int = 3) -> str:
-    """`0.912 [0.901, 0.923]`: an estimate as text."""
-    return "{mean:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(d=digits, **result)
-
-
 def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: int = 0) -> pd.DataFrame:
     """One row per head, best first: rank, head, layer, index, mean of `value` and its interval."""
     mean, low, high = bootstrap_interval(samples.cpu().numpy(), seed=seed)

@@ -102,7 +102,3 @@ def test_in_context_score_reads_the_named_tokens():
     assert stats.in_context_score(losses, window=10).item() == 450
     with pytest.raises(ValueError, match="no token 500"):
         stats.in_context_score(losses[:, :100])
-
-
-def test_estimates_read_as_text():
-    assert stats.show({"mean": 0.5, "low": 0.25, "high": 0.75, "n": 3}, 2) == "0.50 [0.25, 0.75]"
