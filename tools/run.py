@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {arguments.jobs}")
-    if (arguments.jobs or arguments.gpus) and arguments.scheduler:
+    if arguments.scheduler and (arguments.jobs, arguments.gpus) != (None, None):
         raise ValueError(
             "--jobs and --gpus are for this machine; a worker takes one notebook at a time, on the GPU that it was "
             "started with, as in `CUDA_VISIBLE_DEVICES=0 dask worker ...`"

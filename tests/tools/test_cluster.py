@@ -158,8 +158,9 @@ def test_a_scheduler_that_is_not_there_is_one_sentence(notebooks, tmp_path, caps
         assert main(command(tmp_path, address)) == 2
         error = capsys.readouterr().err
         assert f"no Dask scheduler answers at {address}" in error and error.count("\n") == 1, error
-    assert main(command(tmp_path, "tcp://127.0.0.1:1", "--jobs", "2")) == 2
-    assert "--jobs and --gpus are for this machine" in capsys.readouterr().err
+    for option, value in (("--jobs", "2"), ("--gpus", "0")):
+        assert main(command(tmp_path, "tcp://127.0.0.1:1", option, value)) == 2
+        assert "--jobs and --gpus are for this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
