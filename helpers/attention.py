@@ -97,6 +97,7 @@ def score_heads(
         for part in progress(tokens.split(chunk or rows_at_a_time(tokens)), "scores"):
             extra = (part,) if with_tokens else ()
             hooks = [(n, lambda p, hook, t=extra: scores[hook.name].append(score(p, *t).float().cpu())) for n in names]
+            hooks.append(("unembed.hook_in", lambda resid, hook: resid[:, :1]))  # half of Gemma's time is unembedding
             model.run_with_hooks(part, fwd_hooks=hooks, return_type=None)
     return torch.stack([torch.cat(scores[name]) for name in names], dim=1)
 
