@@ -9,6 +9,7 @@ from nbformat import NotebookNode
 KINDS = {
     "head_grid": "map of all heads, and the strongest with intervals",
     "intervals": "rows with intervals",
+    "estimates": "rows with intervals",
     "pattern": "attention pattern",
     "matrices": "maps",
     "curve": "curves",

@@ -1,6 +1,7 @@
 """The block of measured numbers in README.md: between its two markers nothing is written by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -58,8 +59,9 @@ def _findings(models: dict[str, dict]) -> pd.DataFrame:
     scores = {name: results_of(summaries, "attention_visualization") for name, summaries in models.items()}
     losses = {name: results_of(summaries, "prompt_construction") for name, summaries in models.items()}
     rows = {
-        "strongest induction head": [found.get("top_induction_head", "–") for found in scores.values()],
+        "head with the clearest induction stripe": [found.get("top_induction_head", "–") for found in scores.values()],
         "its attention on the token to copy": [_mean(found, "top_induction_score") for found in scores.values()],
+        "loss of an even guess (nats)": [_even_guess(found) for found in scores.values()],
         "loss on random tokens, first time (nats)": [_mean(found, "first_copy_loss_nats") for found in losses.values()],
         "the same tokens, second time": [_mean(found, "second_copy_loss_nats") for found in losses.values()],
     }
@@ -68,6 +70,10 @@ def _findings(models: dict[str, dict]) -> pd.DataFrame:
 
 def _mean(results: dict, name: str) -> str:
     return f"{results[name]['mean']:.2f}" if name in results else "–"
+
+
+def _even_guess(results: dict) -> str:
+    return f"{math.log(results['layout']['d_vocab']):.2f}" if "layout" in results else "–"
 
 
 def _durations(benchmarks: Path) -> list[str]:
@@ -79,7 +85,7 @@ def _durations(benchmarks: Path) -> list[str]:
         f"{clone['run_minutes']:.1f} for `make run`",
         f"and {clone['test_minutes']:.1f} for `make test`. From starting a notebook to its first figure: at most "
         f"{first['total']:.0f} seconds, {first['imports']:.0f} of them imports.",
-        "Seconds of each notebook, imports apart, real models with `--small`:",
+        "Real models run with `--small`: fewer and shorter prompts. Seconds of each notebook, imports apart:",
     ]
 
 

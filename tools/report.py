@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -11,17 +12,18 @@ from helpers.results import write_atomically, write_text
 from tools.captions import captions
 
 SCORES, WEIGHTS = "attention_visualization", "circuit_weights"
+OWN = ("model_name", "output_dir")  # parameters that say nothing of an experiment
 
 # What a row shows: (text, name of the notebook without its number, names of the recorded results, joined by a space).
 # A row that no model has is left out.
 ROWS = [
     ("loss on the second copy (nats)", "prompt_construction", ("second_copy_loss_nats",)),
     ("gain from the order of the first copy (nats)", "prompt_construction", ("gain_from_order_nats",)),
-    ("strongest induction head and its score", SCORES, ("top_induction_head", "top_induction_score")),
+    ("head with the clearest induction stripe, and its score", SCORES, ("top_induction_head", "top_induction_score")),
     ("heads with an induction score above 0.3", SCORES, ("heads_above_0_3",)),
     ("strongest previous-token head and its score", SCORES, ("top_previous_token_head", "top_previous_token_score")),
-    ("strongest induction head on text: attention where it matches", SCORES, ("prefix_matching_of_top_head",)),
-    ("the same at places that match in another text", SCORES, ("prefix_matching_baseline_of_top_head",)),
+    ("the same head on text: attention where it matches", SCORES, ("prefix_matching_of_top_head",)),
+    ("and at places that match in another text", SCORES, ("prefix_matching_baseline_of_top_head",)),
     ("head whose removal loses most copying (nats)", "head_ablation", ("top_head", "top_delta_loss_nats")),
     ("heads whose removal raises the loss, of all", "head_ablation", ("heads_positive_beyond_interval", "heads_total")),
     ("induction heads: attend and matter", "head_ablation", ("induction_heads",)),
@@ -102,9 +104,15 @@ def as_text(value) -> str:
 
 
 def markdown_table(rows: pd.DataFrame) -> list[str]:
-    """The lines of a table in Markdown."""
+    """The lines of a table in Markdown; what is missing is an empty cell."""
     header = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
-    return header + ["| " + " | ".join(as_text(v) for v in row) + " |" for row in rows.itertuples(index=False)]
+    cells = rows.convert_dtypes().astype(object).where(rows.notna(), "")  # counts are whole numbers again
+    return header + ["| " + " | ".join(map(_in_a_cell, row)) + " |" for row in cells.itertuples(index=False)]
+
+
+def _in_a_cell(value) -> str:
+    # Names of tokens, as <|endoftext|>, would end a cell or vanish as a tag.
+    return as_text(value).replace("|", "\\|").replace("<", "&lt;")
 
 
 # ---- one model ----
@@ -116,7 +124,10 @@ def write_report(model_folder: Path) -> Path | None:
     if not summaries:
         return None
     lines = [f"# {model_folder.name}: what the series found", ""]
-    lines += ["Every number below is read from the `summary.json` and the tables beside it.", ""]
+    lines += [
+        "Every number below is read from a `summary.json` or a table beside it, and has the name that it has there.",
+        "What it means, and what it does not show, is said in its notebook.", "",
+    ]  # fmt: skip
     for summary in summaries:
         lines += _report_section(summary, model_folder / summary["notebook"])
     versions = ", ".join(f"{name} {number}" for name, number in summaries[-1]["versions"].items())
@@ -125,11 +136,15 @@ def write_report(model_folder: Path) -> Path | None:
 
 def _report_section(summary: dict, folder: Path) -> list[str]:
     name = summary["notebook"]
-    lines = ["", f"## [{name}]({name}.ipynb)", "", "| result | value |", "|---|---|"]
-    lines += [f"| {key.replace('_', ' ')} | {as_text(value)} |" for key, value in summary["results"].items()]
+    sizes = ", ".join(f"{key} {as_text(value)}" for key, value in summary["parameters"].items() if key not in OWN)
+    lines = ["", f"## [{name}]({name}.ipynb)", "", *([f"With {sizes}.", ""] if sizes else [])]
+    kept = [(f"`{key}`", as_text(value)) for key, value in summary["results"].items()]
+    lines += markdown_table(pd.DataFrame(kept, columns=["result", "value"]))
     for table in summary["tables"]:
-        rows = pd.read_csv(folder / f"{table}.csv").head(10)
-        lines += ["", f"{table.replace('_', ' ')}", "", *markdown_table(rows)]
+        rows = pd.read_csv(folder / f"{table}.csv")
+        if table != "headline":  # the numbers above once more
+            some = f" (first 10 of {len(rows)} rows)" if len(rows) > 10 else ""
+            lines += ["", f"`{table}`{some}", "", *markdown_table(rows.head(10))]
     texts = _captions(folder.with_suffix(".ipynb"))
     for figure in sorted((folder / "figures").glob("*.png")):
         text = texts.get(figure.stem, figure.stem.replace("_", " ")).translate(str.maketrans("[]", "()"))
@@ -322,27 +337,31 @@ def write_runs(outputs: Path) -> Path | None:
     write_atomically(outputs / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format="%.6g"))
     lines = ["# Along training and across seeds", "", _MANY]
     for (model, notebook), part in runs.groupby(["model", "notebook"]):
-        lines += ["", f"## {notebook} on {model}", "", *markdown_table(_along_training(part))]
+        every = runs[runs.model == model].sort_values("step", na_position="last").checkpoint.unique()
+        lines += ["", f"## {notebook} on {model}", "", *markdown_table(_along_training(part, every))]
     return write_text(outputs / "runs.md", "\n".join([*lines, ""]))
 
 
 _MANY = """Made by `python -m tools report` from the summaries of all runs on checkpoints (`--model NAME@all`) and with
-several seeds (`--seeds 0..7`). With one seed brackets are that run's own 95 % interval, over prompts; with several they
-are the interval over seeds of the runs' means. A text that differs between seeds has the number of seeds after it."""
+several seeds (`--seeds 0..7`); the first row says how many. With one seed brackets are that run's own 95 % interval,
+over prompts; with several they are the interval over seeds of the runs' means (fewer than 5: the smallest and the
+largest). A text that differs between seeds has the number of seeds after it. A dash: the notebook does not apply to
+the checkpoint, which cannot do the task yet, or was not run. What is the same everywhere stands in `runs.csv` alone."""
 
 
-def _along_training(part: pd.DataFrame) -> pd.DataFrame:
-    """One row a checkpoint, in the order of training, one column a quantity."""
-    order = part.sort_values("step", na_position="last").checkpoint.unique()
+def _along_training(part: pd.DataFrame, every: Iterable[str]) -> pd.DataFrame:
+    """One row a quantity, one column for `every` checkpoint in the order of training."""
     # A run without a seed of its own says again what the seed by default says.
     several = part[part.seed != ""].checkpoint.unique()
     part = part[(part.seed != "") | ~part.checkpoint.isin(several)]
-    rows = []
-    for checkpoint in order:
+    columns = {}
+    for checkpoint in every:
         here = part[part.checkpoint == checkpoint]
         cells = {quantity: _over_seeds(rows_of) for quantity, rows_of in here.groupby("quantity", sort=False)}
-        rows.append({"checkpoint": checkpoint, "seeds": here.seed.nunique()} | cells)
-    return pd.DataFrame(rows).fillna("not run")
+        columns[checkpoint] = {"seeds": str(here.seed.nunique())} | cells if cells else {}
+    table = pd.DataFrame(columns).rename_axis("quantity").fillna(NOTHING)
+    changes = part.value.map(as_text).groupby(part.quantity).nunique() > 1
+    return table[table.index.map(lambda quantity: changes.get(quantity, True))].reset_index()  # and the row of seeds
 
 
 def _over_seeds(rows: pd.DataFrame) -> str:

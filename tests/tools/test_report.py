@@ -22,12 +22,14 @@ RESULTS = {
     },
     "03_head_ablation": {"top_head": "L0H1", "top_delta_loss_nats": SCORE, "something_new": "told"},
 }  # fmt: skip
-LAYOUT = {"n_layers": 2, "n_heads": 2, "n_key_value_heads": 1, "global_layers": [1]}
+LAYOUT = {"n_layers": 2, "n_heads": 2, "n_key_value_heads": 1, "d_vocab": 50, "global_layers": [1]}
 
 
 def write_summary(folder: Path, notebook: str, results: dict) -> None:
     (folder / notebook / "figures").mkdir(parents=True)
-    summary = {"notebook": notebook, "results": results, "tables": [], "versions": {"torch": "2"}, "wall_time_s": 12.4}
+    sizes = {"model_name": folder.name, "length": 9}
+    summary = {"notebook": notebook, "parameters": sizes, "results": results, "tables": []}
+    summary |= {"versions": {"torch": "2"}, "wall_time_s": 12.4}
     (folder / notebook / "summary.json").write_text(json.dumps(summary))
     if notebook.endswith(report.SCORES):
         rows = [(f"L{i}H{j}", i, j, i * 0.5 + j * 0.1) for i in (1, 0) for j in (0, 1)]
@@ -87,14 +89,15 @@ def test_a_report_shows_what_was_kept_and_describes_its_figures(outputs):
     notebook = new_notebook(cells=[new_markdown_cell("## 1. Every head"), new_code_cell(source)])
     nbformat.write(notebook, folder / f"{name}.ipynb")
     page = report.write_report(folder).read_text()
-    assert "| something new | told |" in page and "| top induction score | 0.912 [0.900, 0.920] |" in page
+    assert "| `something_new` | told |" in page and "| `top_induction_score` | 0.912 [0.900, 0.920] |" in page
+    assert "With length 9." in page  # the model's name stands at the top
     assert "![Scores: map of all heads, and the strongest with intervals (induction score (share)). Section: 1." in page
     assert f"![other]({name}/figures/other.png)" in page
 
 
 def test_the_measured_block_holds_what_the_outputs_hold(outputs):
     block = readme.measured(outputs)
-    assert "| its attention on the token to copy | 0.91 | 0.91 |" in block
+    assert "| its attention on the token to copy | 0.91 | 0.91 |" in block and "| – | 3.91 |" in block  # ln(50)
     assert "| the same tokens, second time | 0.91 | – |" in block
     assert "2.6 minutes to install, then 2.4 for `make run`" in block and "at most 6 seconds, 4 of them" in block
     assert "| induction-2l | 12 | 12 | 12 |" in block and "| a | – | 12 | – |" in block
@@ -124,9 +127,27 @@ def test_runs_along_training_and_over_seeds_stand_on_one_page(many, capsys):
     table = pd.read_csv(many / "runs.csv")
     assert len(table) == 7 * 6 and set(table.quantity) == {"score", "top", "pair: a", "pair: b", "heads", "same"}
     page = (many / "runs.md").read_text().splitlines()
-    rows = [line for line in page if line.startswith("| step") or line.startswith("| final")]
-    assert [row.split(" | ")[0] for row in rows] == ["| step5", "| step40", "| final"]
-    assert "| 3 | 6.500 [5.500, 7.500] | L0H1 (3) |" in rows[0] and "| 1 | 0.500 [0.400, 0.600] | L0H1 |" in rows[2]
+    assert "| quantity | step5 | step40 | final |" in page and "| seeds | 3 | 3 | 1 |" in page
+    found = "| score | 6.500 [5.500, 7.500] | 41.500 [40.500, 42.500] | 0.500 [0.400, 0.600] |"
+    assert found in page and "| top | L0H1 (3) | L0H1 (3) | L0H1 |" in page
+
+
+def test_a_run_that_is_missing_is_a_dash_and_what_never_changes_is_left_out(many):
+    shutil.rmtree(many / "x/01_good")
+    for seed in (1, 2):
+        shutil.rmtree(many / f"x@step40~seed{seed}")
+    shutil.copytree(many / "x@step5~seed0", many / "x@step5")  # the seed by default, run before
+    (many / "x@step90/02_other").mkdir(parents=True)
+    other = {"notebook": "02_other", "results": {"more": 1}, "tables": []}
+    (many / "x@step90/02_other/summary.json").write_text(json.dumps(other))
+    page = report.write_runs(many).read_text()
+    assert "| seeds | 3 | 1 | – |" in page and "| pair: b | 6.000 [5.000, 7.000] | 40 | – |" in page
+    assert "| pair: a |" not in page
+
+
+def test_tables_bear_bars_tags_counts_and_gaps():
+    rows = pd.DataFrame({"token": ["<|bos|>", "a"], "n": [5.0, None], "mean": [0.5, 1.0], "source": [None, "b"]})
+    assert report.markdown_table(rows)[2:] == ["| &lt;\\|bos\\|> | 5 | 0.500 |  |", "| a |  | 1.000 | b |"]
 
 
 def test_the_atlas_leaves_checkpoints_and_seeds_to_the_other_page(outputs):
