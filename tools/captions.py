@@ -9,10 +9,10 @@ from nbformat import NotebookNode
 KINDS = {
     "head_grid": "map of all heads, and the strongest with intervals",
     "intervals": "rows with intervals",
+    "estimates": "rows with intervals",
     "pattern": "attention pattern",
     "matrices": "maps",
     "curve": "curves",
-    "histogram": "histogram",
     "scatter": "scatter",
     "token_strip": "text with each token coloured",
     "circuit_diagram": "diagram of the circuit",
