@@ -131,9 +131,9 @@ def curve(
     names = next(iter(lines.values()))[0]
     named, few = isinstance(names[0], str), isinstance(names[0], str) and len(names) < 4
     for i, (name, (x, mean, *interval)) in enumerate(lines.items()):
-        above = len(lines) - 1 - i  # lines drawn later are thinner, so that none is hidden
-        style = {"ls": "", "marker": "o", "ms": 6 + 1.5 * above} if few else {"ls": DASHES[i % len(DASHES)]}
-        (line,) = axis.plot(x, mean, label=name, lw=1.8 + 0.5 * above, **style)
+        later = len(lines) - 1 - i  # lines drawn later are thinner, so that none is hidden
+        style = {"ls": "", "marker": "o", "ms": 6 + 1.5 * later} if few else {"ls": DASHES[i % len(DASHES)]}
+        (line,) = axis.plot(x, mean, label=name, lw=1.8 + 0.5 * later, **style)
         if interval:
             (axis.vlines if few else axis.fill_between)(x, *interval, alpha=0.3, color=line.get_color(), lw=5 * few)
     for log, scaled, ticks in ((log_x, axis.set_xscale, axis.xaxis), (log_y, axis.set_yscale, axis.yaxis)):
@@ -148,7 +148,8 @@ def curve(
     if marks:
         for x in marks.values():
             axis.axvline(x, color="0.4", ls="--", lw=1)
-        axis.secondary_xaxis("top").set_xticks([*marks.values()], [*marks], rotation=20, ha="left", size=9)
+        above = axis.secondary_xaxis("top", frame_on=False)
+        above.set_xticks([*marks.values()], [*marks], rotation=20, ha="left", size=9)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(lines) > 1:
         axis.legend(**BESIDE)
