@@ -27,26 +27,31 @@ def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     place = {name: (2 * sorted({*layer.values()}).index(layer[name]), y) for name, y in heights.items()}
     width = max(x for x, _ in place.values())
     figure, axis = subplots(figsize=(min(5.3 + 0.9 * width, 13), 1.2 + 0.4 * len(ends)))
+    boxes = {name: _box(axis, name, place[name]) for name in place}
     for edge in ends.itertuples():
-        (x, y), colour = place[edge.receiver], PALETTE["QKV".index(edge.through)]
-        size = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max()
-        arrow = {"arrowstyle": "-|>", "color": colour, "lw": size, "shrinkB": 0}
-        axis.annotate("", (x - 0.85, edge.y), place[edge.sender], arrowprops=arrow)
-        axis.plot([x - 0.5, x], [edge.y, y], color="0.8", lw=0.8, zorder=0)
-        _text(axis, f"{edge.through} {edge.effect_nats:.2f}", (x - 0.82, edge.y), size=9, color=colour)
-    for name in place:
-        _box(axis, name, place[name])
+        sender, receiver, colour = boxes[edge.sender], boxes[edge.receiver], PALETTE["QKV".index(edge.through)]
+        size, label_at = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max(), (receiver.xy[0] - 0.67, edge.y)
+        axis.plot(*zip(sender.xy, label_at), color=colour, lw=size, zorder=0)
+        label = _text(axis, f"{edge.through} {edge.effect_nats:.2f}", label_at, size=9, ha="center", color=colour)
+        _arrow(axis, label, receiver, colour, size)
     axis.set(title=title, xlim=(-0.5, width + 0.5), ylim=(ends["y"].min() - 0.8, 0.8))
     return figure
 
 
 def _text(axis, text, place, **style):
-    axis.annotate(text, place, va="center", **{"bbox": {"fc": "white", "ec": "none", "pad": 1}} | style)
     axis.axis("off")
+    return axis.annotate(text, place, va="center", **{"bbox": {"fc": "white", "ec": "none", "pad": 1}} | style)
+
+
+def _arrow(axis, source, target, colour, width):
+    """From one text to another, both drawn before: a box drawn later would hide the arrow's head."""
+    clip = {"patchA": source.get_bbox_patch(), "patchB": target.get_bbox_patch(), "shrinkB": 2}
+    axis.annotate("", target.xy, source.xy, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": width} | clip)
 
 
 def _box(axis, text, place, colour="0.4", width=1.0):
-    _text(axis, text, place, size=10, ha="center", bbox={"boxstyle": "round", "fc": "white", "ec": colour, "lw": width})
+    around = {"boxstyle": "round", "fc": "white", "ec": colour, "lw": width}
+    return _text(axis, text, place, size=10, ha="center", bbox=around)
 
 
 # The induction circuit: what belongs to a part, as (key, text, x, y), and (from, to, text, part).
@@ -61,9 +66,9 @@ CIRCUIT_EDGES = [
     ("A1", "previous", "value of A", "previous-token head"),
     ("B1", "previous", "looks one back", "previous-token head"),
     ("previous", "stream", "writes “after A”", "residual stream"),
-    ("stream", "induction", "key: “after A”\n(K-composition)", "K-composition"),
+    ("stream", "induction", "key: “after A”", "K-composition"),
     ("A2", "induction", "query: “what\ncame after A?”", "induction head"),
-    ("induction", "logits", "OV: copies B", "copying"),
+    ("induction", "logits", "copies B", "copying"),
 ]
 
 
@@ -73,14 +78,14 @@ def circuit_diagram(highlight: str | tuple[str, ...] = ()) -> Figure:
     if unknown := chosen - {*CIRCUIT_NODES, "K-composition"}:
         raise ValueError(f"{', '.join(sorted(unknown))} is no part of the circuit; see CIRCUIT_NODES in diagrams.py")
     figure, axis = subplots(figsize=(11, 4.4))
-    places = {key: np.array(place) for part in CIRCUIT_NODES.values() for key, _, *place in part}
+    boxes = {}
+    for part, nodes in CIRCUIT_NODES.items():
+        for key, text, *place in nodes:
+            boxes[key] = _box(axis, text, place, *((PALETTE[3], 2.5) if part in chosen else ()))
     for source, target, text, part in CIRCUIT_EDGES:
         colour, width = (PALETTE[3], 2.8) if part in chosen else ("0.55", 1.2)
-        arrow = {"arrowstyle": "-|>", "color": colour, "lw": width, "shrinkA": 8, "shrinkB": 22}
-        axis.annotate("", places[target], places[source], arrowprops=arrow)
-        _text(axis, text, 0.58 * places[source] + 0.42 * places[target], size=8.5, color=colour, ha="center")
-    for part, nodes in CIRCUIT_NODES.items():
-        for key, text, *_ in nodes:
-            _box(axis, text, places[key], *((PALETTE[3], 2.5) if part in chosen else ()))
+        _arrow(axis, boxes[source], boxes[target], colour, width)
+        middle = 0.58 * np.array(boxes[source].xy) + 0.42 * np.array(boxes[target].xy)
+        _text(axis, text, middle, size=8.5, color=colour, ha="center")
     axis.set(xlim=(-0.5, 7.7), ylim=(-0.5, 2.9))
     return figure

@@ -1,7 +1,6 @@
 """Static figures in one look. Functions take tensors and tables, never models, and give the matplotlib figure back."""
 
 import re
-from collections.abc import Sequence
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -11,13 +10,15 @@ import seaborn as sns
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from helpers.stats import head_table
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # both readable with the common colour blindnesses
 PALETTE = sns.color_palette("colorblind")
-BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend: at the right of the axes
+DASHES = ("-", "-", "--", "-.", ":", (0, (7, 1, 1, 1)))  # of lines that may lie on each other, in their order
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}  # a legend at the right of the axes
 
 
 def use_style() -> None:
@@ -45,25 +46,23 @@ def _every(n: int) -> int:
     return 1 + (n - 1) // 16  # so many ticks can be read
 
 
-def head_grid(
-    samples: Float[Tensor, "sample layer head"], label: str, title: str = "", diverging: bool = False
-) -> Figure:
+def head_grid(samples: Float[Tensor, "sample layer head"], label: str, title="", diverging=False) -> Figure:
     """Layer by head map of the mean, beside the eight highest heads with their 95 % intervals.
 
     `label` names the quantity and its unit. Scores are drawn from 0 to 1; effects (`diverging`)
-    symmetrically about 0.
+    symmetrically about 0. One sample has no intervals.
     """
     grid = samples.mean(0).cpu().numpy()
     n_layers, n_heads = grid.shape
     figure, (left, right) = subplots(1, 2, figsize=(11, max(3.4, 0.2 * n_layers + 1.8)), width_ratios=[3, 2])
     sns.heatmap(
-        grid, ax=left, annot=grid.size <= 64, fmt=".2f", annot_kws={"size": 9}, cbar_kws={"label": label},
+        grid, ax=left, annot=grid.size <= 64, fmt=".2f", annot_kws={"size": 9},
         xticklabels=_every(n_heads), yticklabels=_every(n_layers), **_limits(grid, diverging),
     )  # fmt: skip
-    left.set(xlabel="head", ylabel="layer", title=title)
+    left.set(xlabel="head", ylabel="layer", title=": ".join(filter(None, (title, label))))
     left.tick_params(axis="y", rotation=0)
     best = head_table(samples, "mean").head(8)
-    return intervals({"": best}, "head", label, f"top {len(best)}, 95 % interval", right)
+    return intervals({"": best}, "head", label, f"top {len(best)}" + ", 95 % interval" * (len(samples) > 1), right)
 
 
 def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: str = "", axis=None) -> Figure:
@@ -82,33 +81,25 @@ def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: st
     axis.axvline(0, color="0.6", lw=1)
     axis.margins(x=0.08)
     axis.set(yticks=y, yticklabels=rows, ylim=(len(y) - 0.5, -0.5), xlabel=label, title=title)
-    if len(tables) > 1:
-        axis.legend(frameon=False)
+    if len(tables) > 1:  # many points leave no room inside
+        axis.legend(**BESIDE)
     return axis.figure
 
 
-def pattern(
-    attention: Float[Tensor, "query key"], title: str, labels: list[str] | None = None, stripe: int | None = None
-) -> Figure:
-    """One head's attention pattern; `stripe` marks the diagonal at that offset."""
-    n = attention.shape[-1]
+def pattern(attention: Float[Tensor, "query key"], title: str, labels=None, stripe: int | None = None) -> Figure:
+    """One head's attention pattern; `stripe` marks the diagonal at that offset, from the second token of r on."""
     figure = matrices(
         {title: attention.cpu()}, "key position (attended to)", "query position", "attention (probability)",
         ticks=(labels, labels) if labels else None, size=5.4,
     )  # fmt: skip
     if stripe is not None:
-        figure.axes[0].plot([0.5, n - stripe + 0.5], [stripe + 0.5, n + 0.5], color="white", lw=0.8, ls=":")
+        keys = np.arange(2, attention.shape[-1] - stripe) + 0.5
+        figure.axes[0].plot(keys, keys + stripe, "o", ms=3.5, mfc="white", mec="black", mew=0.6)
     return figure
 
 
 def matrices(
-    panels: dict[str, object],
-    xlabel: str,
-    ylabel: str,
-    label: str,
-    diverging: bool = False,
-    ticks: tuple[Sequence, Sequence] | None = None,
-    size: float = 3.8,
+    panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None, size=3.8
 ) -> Figure:
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
     panels = {title: np.asarray(matrix, dtype=float) for title, matrix in panels.items()}
@@ -119,7 +110,8 @@ def matrices(
         columns, rows = ticks or map(_every, matrix.shape[::-1])
         square = 0.5 < matrix.shape[0] / matrix.shape[1] < 2
         sns.heatmap(
-            matrix, ax=axis, square=square, rasterized=True, xticklabels=columns, yticklabels=rows,
+            matrix, ax=axis, square=square, rasterized=True, xticklabels=columns, yticklabels=rows, fmt=".2f",
+            annot=matrix.size <= 64 and matrix.shape[1] <= 8, annot_kws={"size": 7},
             cbar=axis is axes[0, -1], cbar_kws={"label": label}, **limits,
         )  # fmt: skip
         axis.set(xlabel=xlabel, ylabel=ylabel if axis is axes[0, 0] else "", title=title)
@@ -129,69 +121,64 @@ def matrices(
 
 
 def curve(
-    lines: dict[str, tuple],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    marks: dict[str, float] | None = None,
-    log_x: bool = False,
-    log_y: bool = False,
+    lines: dict[str, tuple], xlabel: str, ylabel: str, title="", marks: dict | None = None, log_x=False, log_y=False
 ) -> Figure:
-    """Lines `{name: (x, mean)}` or `{name: (x, mean, low, high)}`; `marks` are vertical lines; x may be names."""
+    """Lines `{name: (x, mean)}` or `{name: (x, mean, low, high)}`; `marks` are vertical lines, named above.
+
+    x may be names; two or three of them are no way from one to the other, and are drawn as points.
+    """
     figure, axis = subplots(figsize=(8.5, 4.2))
-    for name, (x, mean, *interval) in lines.items():
-        (line,) = axis.plot(x, mean, label=name)
-        if interval:
-            axis.fill_between(x, *interval, alpha=0.25, color=line.get_color(), lw=0)
-    for name, x in (marks or {}).items():
-        axis.axvline(x, color="0.4", ls="--", lw=1)
-        axis.annotate(name, (x, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", size=9)
-    if log_x:
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=min(min(x) for x, *_ in lines.values()))
-    if log_y:
-        axis.set_yscale("log")
     names = next(iter(lines.values()))[0]
-    if isinstance(names[0], str):
-        axis.set_xticks(range(0, len(names), _every(len(names))), names[:: _every(len(names))], rotation=30, ha="right")
+    named, few = isinstance(names[0], str), isinstance(names[0], str) and len(names) < 4
+    for i, (name, (x, mean, *interval)) in enumerate(lines.items()):
+        later = len(lines) - 1 - i  # lines drawn later are thinner, so that none is hidden
+        style = {"ls": "", "marker": "o", "ms": 6 + 1.5 * later} if few else {"ls": DASHES[i % len(DASHES)]}
+        (line,) = axis.plot(x, mean, label=name, lw=1.8 + 0.5 * later, **style)
+        if interval:
+            (axis.vlines if few else axis.fill_between)(x, *interval, alpha=0.3, color=line.get_color(), lw=5 * few)
+    for log, scaled, ticks in ((log_x, axis.set_xscale, axis.xaxis), (log_y, axis.set_yscale, axis.yaxis)):
+        if log:  # plain numbers
+            scaled("log")
+            ticks.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}", minor_formatter="")
+    if named:
+        shown = names[:: _every(len(names))]
+        tilt = {"rotation": 30, "ha": "right"} if len("".join(shown)) > 50 else {}
+        axis.set_xticks(range(0, len(names), _every(len(names))), shown, **tilt)
+        axis.margins(x=0.3 if few else 0.05)
+    if marks:
+        for x in marks.values():
+            axis.axvline(x, color="0.4", ls="--", lw=1)
+        above = axis.secondary_xaxis("top", frame_on=False)
+        above.set_xticks([*marks.values()], [*marks], rotation=20, ha="left", size=9)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if len(lines) > 1:  # many names leave no room inside
-        axis.legend(frameon=False, **(BESIDE if len(lines) > 3 else {}))
+    if len(lines) > 1:
+        axis.legend(**BESIDE)
     sns.despine(figure)
     return figure
 
 
-def histogram(values: Float[Tensor, "n"], label: str, title: str = "") -> Figure:
-    """How samples spread, with zero and their mean marked."""
-    figure, axis = subplots(figsize=(8.5, 3.6))
-    axis.hist(np.asarray(values.cpu()), bins=30)
-    axis.axvline(0, color="0.6", lw=1)
-    axis.axvline(float(values.mean()), color="0.2", ls="--", label="mean")
-    axis.set(xlabel=label, ylabel="count", title=title)
-    axis.legend(frameon=False)
-    return figure
-
-
-def scatter(x, y, xlabel: str, ylabel: str, title: str = "", names: dict[int, str] | None = None) -> Figure:
-    """Points, some of them named (`{index: name}`) in a column at the right, each led to by a thin line."""
+def scatter(x, y, xlabel: str, ylabel: str, title="", names: dict | None = None, diagonal=False) -> Figure:
+    """Points, some of them named (`{index: name}`) at the right, each by a line; `diagonal` is where x = y."""
     x, y = (np.asarray(values, dtype=float) for values in (x, y))
     figure, axis = subplots(figsize=(8.5, 4.6))
     axis.scatter(x, y, s=22, color=PALETTE[0])
-    order = sorted(names or {}, key=lambda i: -y[i])
-    for place, i in zip(np.linspace(0.97, 0.03, max(len(order), 8)), order):
+    axis.axhline(0, color="0.7", lw=1)
+    if diagonal:
+        axis.axline((0, 0), slope=1, color="0.7", ls="--")
+    order = sorted(names or {}, key=lambda i: y[i])
+    apart = np.arange(len(order)) / max(len(order), 17)  # each name at its point's height, or as near as there is room
+    heights = np.maximum.accumulate(axis.transLimits.transform(np.c_[x, y][order])[:, 1] - apart) + apart
+    for place, i in zip(np.minimum(heights, 0.97 - apart[::-1]), order):
         axis.annotate(
             names[i], (x[i], y[i]), (1.03, place), textcoords="axes fraction", va="center", size=9,
             arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.6},
         )  # fmt: skip
-    axis.axhline(0, color="0.7", lw=1)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     sns.despine(figure)
     return figure
 
 
-def token_strip(
-    tokens: list[str], values: Float[Tensor, "pos"], label: str, title: str = "", per_row: int = 16
-) -> Figure:
+def token_strip(tokens: list[str], values: Float[Tensor, "pos"], label: str, title="", per_row=16) -> Figure:
     """Tokens as a strip of coloured cells, each showing its text: the static token view.
 
     Raises:
@@ -202,14 +189,15 @@ def token_strip(
         raise ValueError(f"{len(values)} values for {len(tokens)} tokens")
     rows, empty = -(-len(tokens) // per_row), -len(tokens) % per_row
     fits = 112 // per_row  # characters in a cell
-    texts = [re.sub("·{3,}", lambda run: f"·×{len(run[0])}", visible(t)) for t in tokens]
-    texts = [t if len(t) <= fits else t[: fits - 1] + "…" for t in texts] + [""] * empty
+    texts = [t if len(t) <= fits else t[: fits - 1] + "…" for t in map(visible, tokens)] + [""] * empty
     padded = np.append(values, [np.nan] * empty)
+    usual = np.clip(values, *np.quantile(values, [0.01, 0.99]))  # one extreme token would leave the others pale
+    bar = {"label": label, "extend": "both" if (values < 0).any() else "max"}
     figure, axis = subplots(figsize=(12, 0.55 * rows + 1.2))
     sns.heatmap(
         padded.reshape(rows, per_row), ax=axis, annot=np.array(texts).reshape(rows, per_row), fmt="",
         annot_kws={"size": 10, "family": "monospace", "parse_math": False}, linewidths=0.5, xticklabels=False,
-        yticklabels=False, cbar_kws={"label": label}, **_limits(padded, bool((values < 0).any()), float(values.max())),
+        yticklabels=False, cbar_kws=bar, **_limits(usual, bool((values < 0).any()), float(usual.max())),
     )  # fmt: skip
     axis.set(title=title)
     return figure
@@ -221,8 +209,9 @@ def spaced(token: str) -> str:
 
 
 def visible(token: str) -> str:
-    """`spaced` for a figure: a letter that its fonts lack, as of Bengali, is an empty box."""
-    return "".join(c if ord(c) in _letters() else "▯" for c in spaced(token))
+    """`spaced` for a figure: a run of spaces is counted, and a letter that the fonts lack is an empty box."""
+    counted = re.sub("·{3,}", lambda run: f"·×{len(run[0])}", spaced(token))
+    return "".join(c if ord(c) in _letters() else "▯" for c in counted)
 
 
 @cache
@@ -234,6 +223,4 @@ def _letters() -> frozenset[int]:
 def estimates(kept: dict[str, dict[str, dict]], label: str, title: str = "") -> Figure:
     """`intervals` of `{colour: {row: estimate}}`, as `results.keep` gives it back."""
     tables = {name: pd.DataFrame(rows).T.rename_axis("row").reset_index() for name, rows in kept.items()}
-    figure = intervals(tables, "row", label, title)
-    figure.axes[0].legend(frameon=False, **BESIDE)  # many points leave no room inside
-    return figure
+    return intervals(tables, "row", label, title)

@@ -18,7 +18,7 @@ def table(name):
 def test_02_two_heads_of_layer_1_stand_alone(summary):
     scores = table("induction_scores")
     assert scores.layer[:2].tolist() == [1, 1] and scores.low[1] > 0.9 and scores.high[2] < 0.1
-    assert summary(NAME)["induction_heads_above_0_3"] == scores["head"][:2].tolist()
+    assert summary(NAME)["candidates_clearly_above_0_3"] == scores["head"][:2].tolist()
 
 
 def test_02_one_head_of_layer_0_looks_one_back_and_others_do_in_part_in_layer_1(summary):
@@ -46,6 +46,11 @@ def test_02_the_candidates_are_far_above_their_baseline_on_text(summary):
     assert set(found["top_heads_on_text"][:2]) == set(table("induction_scores")["head"][:2])
     assert found["prefix_matching_of_top_head"]["low"] > 10 * found["prefix_matching_baseline_of_top_head"]["high"]
     assert found["prefix_matching_of_top_head"]["high"] < found["top_induction_score"]["low"]
+
+
+def test_02_the_best_head_keeps_its_score_at_every_length(summary):
+    scores = summary(NAME)["control_score_by_length"]
+    assert len(scores) >= 3 and all(score["low"] > 0.9 for score in scores.values())
 
 
 def test_02_the_stripe_goes_when_nothing_repeats(summary):

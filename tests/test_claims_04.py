@@ -75,12 +75,15 @@ def test_04_controls(summary):
     assert found["clean_into_clean_largest_difference_from_zero"] < 1e-3
     assert abs(controls["every head and MLP"]["mean"] - 1) < 1e-3
     assert controls["picked heads"]["low"] > controls["random sets of as many"]["high"]
-    assert controls["picked heads, from another prompt"]["low"] > 0.2
+    other, random = controls["picked heads, from another prompt"]["mean"], controls["random sets of as many"]["mean"]
+    assert 0.4 < other < 0.6 and 0.05 < random < 0.15
+    assert controls["picked heads"]["low"] > controls["best head alone"]["high"]
 
 
-def test_04_attention_and_patching_agree_by_more_than_chance_and_ablation_with_neither(summary):
-    p = table_04("overlap_of_the_lists").set_index("lists").p
-    assert p["induction_score and patching"] < 0.05
+def test_04_two_heads_lead_by_attention_and_patching_and_no_overlap_is_shown_to_be_more_than_chance(summary):
+    overlap = table_04("overlap_of_the_lists").set_index("lists")
+    p = overlap.p
+    assert p.min() > 0.05 / len(p) and (overlap.by_chance == 1).all()
     assert p["induction_score and copying_lost_nats"] > 0.05 and p["copying_lost_nats and patching"] > 0.05
     listed = table_04("three_measures")
     weaker = listed.set_index("head").copying_lost_nats[found_heads(summary)].idxmin()

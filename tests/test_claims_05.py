@@ -1,5 +1,11 @@
 """Readings of notebook 05 (prose about induction-2l), asserted on the committed summary."""
 
+from pathlib import Path
+
+import pandas as pd
+
+FOLDER = Path(__file__).resolve().parents[1] / "outputs/induction-2l/05_logit_lens"
+
 
 def test_05_the_last_stop_is_the_model(summary):
     assert summary("05_logit_lens")["last_stop_error_nats"] < 1e-3
@@ -10,9 +16,11 @@ def test_05_the_answer_appears_in_the_last_layer_on_every_prompt(summary):
     assert r["answer_first_at_the_end"]["low"] > 0.99 and r["probability_at_the_end"]["low"] > 0.5
     assert r["largest_gain_at"] == "L1" == r["usual_first_win"] and r["largest_gain_nats"]["low"] > 5
     assert r["other_prompts_answer_at_the_end"]["high"] < 0.01
+    first = pd.read_csv(FOLDER / "where_the_answer_wins.csv").set_index("stop")["first wins here (share)"]
+    assert first["embedding"] + first["L0"] < 0.05
 
 
-def test_05_layer_0_takes_a_little_away(summary):
+def test_05_layer_0_takes_something_away(summary):
     r = summary("05_logit_lens")
     assert r["largest_fall_at"] == "L0" and -3 < r["largest_fall_nats"]["mean"] and r["largest_fall_nats"]["high"] < 0
 

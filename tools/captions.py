@@ -13,7 +13,6 @@ KINDS = {
     "pattern": "attention pattern",
     "matrices": "maps",
     "curve": "curves",
-    "histogram": "histogram",
     "scatter": "scatter",
     "token_strip": "text with each token coloured",
     "circuit_diagram": "diagram of the circuit",

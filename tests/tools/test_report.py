@@ -20,7 +20,7 @@ RESULTS = {
         "top_induction_head": "L1H0", "top_induction_score": SCORE, "heads_above_0_3": 2,
         "heads_above_0_3_in_global_layers": 1,
     },
-    "03_head_ablation": {"top_head": "L0H1", "top_delta_loss_nats": SCORE, "something_new": "told"},
+    "03_head_ablation": {"top_head": "L0H1", "top_copying_lost_nats": SCORE, "something_new": "told"},
 }  # fmt: skip
 LAYOUT = {"n_layers": 2, "n_heads": 2, "n_key_value_heads": 1, "d_vocab": 50, "global_layers": [1]}
 
