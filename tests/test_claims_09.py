@@ -31,7 +31,7 @@ def test_09_the_heads_are_worth_half_of_a_small_gain_before_the_mark_and_all_of_
         for when in ("before_the_mark", "at_the_end")
     )
     assert before["second copy"]["high"] < 0.1 * end["second copy"]["low"]
-    gains = results["copy_gain_before_the_mark_and_at_the_end_nats"]
+    gains = results["copy_gain_before_and_at_the_end_nats"]
     (small, large), (control, control_at_the_end) = gains["induction-2l"], gains["induction-1l"]
     assert small < 0.15 * large and 0.4 < before["second copy"]["mean"] / small < 0.6
     assert abs(control - small / 2) < 0.1 and abs(control_at_the_end - control) < 0.15
