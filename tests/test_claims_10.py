@@ -10,7 +10,7 @@ def test_10_the_damage_is_at_pairs_that_were_there_before(summary):
     little = ours["first of a repeat"]
     assert little["high"] < 0.2 * ours["second time"]["low"] and little["mean"] < control["first of a repeat"]["mean"]
     assert ours["other continuation"]["high"] < 0  # better without the heads
-    # Random heads do the opposite: they matter where nothing repeats.
+    # Random heads matter where no pair repeats.
     for name in ("first of a repeat", "other continuation", "new"):
         assert control[name]["low"] > control["second time"]["high"]
 
@@ -18,7 +18,19 @@ def test_10_the_damage_is_at_pairs_that_were_there_before(summary):
 def test_10_no_random_set_comes_near_at_any_distance(summary):
     results = summary("10_in_the_wild")
     assert results["harm_on_repeats_nats"]["low"] > 5 * results["largest_random_harm_on_repeats_nats"]
-    assert all(found["low"] > 1 for found in results["harm_by_distance_nats"]["induction heads"].values())
+    assert results["smallest_harm_on_repeats_nats"] > results["largest_random_harm_on_repeats_nats"]
+    far = results["harm_by_distance_nats"]["induction heads"]
+    assert 1 < far["128 and more"]["low"]
+    assert far["128 and more"]["high"] < min(far[middle]["low"] for middle in ("8 to 31", "32 to 127"))
+
+
+def test_10_random_sets_differ_and_two_heads_of_one_layer_leave_few(summary):
+    results = summary("10_in_the_wild")
+    one, other = results["induction_heads"]
+    assert one.split("H")[0] == other.split("H")[0]
+    assert 10 <= results["n_different_random_sets"] < 40  # texts
+    for model in ("smollm2-135m", "gemma3-270m"):
+        assert summary("10_in_the_wild", model)["n_different_random_sets"] > 60
 
 
 def test_10_most_of_the_gain_in_context_goes_with_the_heads_and_as_much_with_those_that_feed_them(summary):
@@ -33,7 +45,7 @@ def test_10_most_of_the_gain_in_context_goes_with_the_heads_and_as_much_with_tho
     assert summary("08_circuit_weights")["wire"][0] in results["strongest_others"]
 
 
-def test_10_a_name_is_as_hard_as_new_without_the_heads(summary):
+def test_10_a_name_is_about_as_hard_as_new_without_the_heads_and_its_first_token_harder(summary):
     names = summary("10_in_the_wild")["by_token_of_a_name_nats"]
     new, intact, ablated, control = (
         names[case]
@@ -47,8 +59,10 @@ def test_10_a_name_is_as_hard_as_new_without_the_heads(summary):
     assert intact["token 1"]["high"] < new["token 1"]["low"] / 2 and intact["token 1"]["low"] > 1
     for place in ("token 2", "token 3", "token 4", "token 5"):
         assert intact[place]["high"] < 0.5
+    assert ablated["token 1"]["low"] > new["token 1"]["high"]
     for place in new:
         assert ablated[place]["high"] > new[place]["mean"]
+        assert place == "token 1" or ablated[place]["low"] < new[place]["high"]
         assert control[place]["mean"] < intact[place]["mean"] + 0.2
 
 
@@ -74,14 +88,12 @@ def test_10_heads_match_more_than_tokens_and_less_than_meaning(summary):
     assert attended["capital letter"] > 0.75 * attended["same word"]
     assert max(attended["plural"], attended["synonym"]) < 0.5 * attended["same word"]
     assert 1.5 * attended["not in the list"] < attended["French"] < 0.25 * attended["same word"]
-    margins = results["inexact_repeats_margin_logits"]
-    intact, without = (
-        {form: v["mean"] for form, v in margins[s].items()} for s in ("intact", "without induction heads")
-    )
-    for form in ("same word", "capital letter"):
-        assert without[form] < 0.5 * intact[form]
-    for form in ("plural", "synonym"):
-        assert 0 < intact[form] - without[form] < intact["same word"] - without["same word"]
+    intact = {form: found["mean"] for form, found in results["inexact_repeats_margin_logits"]["intact"].items()}
+    lost = {form: v for form, v in results["inexact_repeats_lost_logits"].items() if form != "not in the list"}
+    assert all(lost[form]["mean"] > 0.5 * intact[form] and lost[form]["low"] > 0 for form in lost)
+    near, far = ("same word", "capital letter"), ("plural", "synonym", "French")
+    assert min(lost[form]["low"] for form in near) > max(lost[form]["high"] for form in far)
+    assert min(intact[form] for form in near) > max(intact[form] for form in far)
 
 
 def test_10_a_mention_does_it_all_and_the_induction_heads_none_of_it(summary):
@@ -110,4 +122,9 @@ def test_10_in_the_other_model_the_induction_heads_take_part(summary):
     share = {case: part[case]["mean"] / shift[case]["mean"] for case in shift}
     assert 1 / 3 < share["told"] < share["invented, told"]
     for case in ("told", "invented, told"):
-        assert results[f"shift_removed_logits: {case}, without random heads"]["high"] < 0 < part[case]["low"]
+        control = results[f"shift_removed_logits: {case}, without random heads"]
+        assert control["high"] < 0.5 * part[case]["low"]
+    # More than the statement adds to the mention.
+    added = shift["told"]["mean"] - shift["wrong city mentioned"]["mean"]
+    left = {case: shift[case]["mean"] - part[case]["mean"] for case in shift}
+    assert part["told"]["low"] > added and left["told"] < left["wrong city mentioned"]
