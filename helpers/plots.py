@@ -149,7 +149,7 @@ def curve(
         for x in marks.values():
             axis.axvline(x, color="0.4", ls="--", lw=1)
         above = axis.secondary_xaxis("top", frame_on=False)
-        above.set_xticks([*marks.values()], [*marks], rotation=20, ha="left", size=9)
+        above.set_xticks([*marks.values()], [*marks], rotation=30, ha="left", size=9)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(lines) > 1:
         axis.legend(**BESIDE)
