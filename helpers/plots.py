@@ -59,7 +59,7 @@ def head_grid(samples: Float[Tensor, "sample layer head"], label: str, title="",
         grid, ax=left, annot=grid.size <= 64, fmt=".2f", annot_kws={"size": 9},
         xticklabels=_every(n_heads), yticklabels=_every(n_layers), **_limits(grid, diverging),
     )  # fmt: skip
-    left.set(xlabel="head", ylabel="layer", title=": ".join(filter(None, (title, label))))
+    left.set(xlabel="head", ylabel="layer", title=title if label in title.lower() else f"{title}: {label}".lstrip(": "))
     left.tick_params(axis="y", rotation=0)
     best = head_table(samples, "mean").head(8)
     return intervals({"": best}, "head", label, f"top {len(best)}" + ", 95 % interval" * (len(samples) > 1), right)
@@ -149,7 +149,7 @@ def curve(
         for x in marks.values():
             axis.axvline(x, color="0.4", ls="--", lw=1)
         above = axis.secondary_xaxis("top", frame_on=False)
-        above.set_xticks([*marks.values()], [*marks], rotation=20, ha="left", size=9)
+        above.set_xticks([*marks.values()], [*marks], rotation=30, ha="left", size=9)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(lines) > 1:
         axis.legend(**BESIDE)
@@ -157,13 +157,13 @@ def curve(
     return figure
 
 
-def scatter(x, y, xlabel: str, ylabel: str, title="", names: dict | None = None, diagonal=False) -> Figure:
-    """Points, some of them named (`{index: name}`) at the right, each by a line; `diagonal` is where x = y."""
+def scatter(x, y, xlabel: str, ylabel: str, title="", names: dict | None = None) -> Figure:
+    """Points, some of them named (`{index: name}`) at the right, each by a line; dashed is x = y if units agree."""
     x, y = (np.asarray(values, dtype=float) for values in (x, y))
     figure, axis = subplots(figsize=(8.5, 4.6))
     axis.scatter(x, y, s=22, color=PALETTE[0])
     axis.axhline(0, color="0.7", lw=1)
-    if diagonal:
+    if (unit := re.search(r"\(.*\)$", xlabel)) and ylabel.endswith(unit[0]):
         axis.axline((0, 0), slope=1, color="0.7", ls="--")
     order = sorted(names or {}, key=lambda i: y[i])
     apart = np.arange(len(order)) / max(len(order), 17)  # each name at its point's height, or as near as there is room

@@ -48,7 +48,8 @@ def test_every_figure_draws_and_is_forgotten_by_pyplot():
     figure = saved(plots.curve(lines, "x", "y (nats)", "t", {"m": 0.5}, log_x=True, log_y=True))
     assert figure.axes[0].get_ylabel() == "y (nats)"
     saved(plots.token_strip(["a", " b", "\n", "$x$", "       "], torch.rand(5), "loss (nats)", "title", per_row=3))
-    saved(plots.scatter([0, 1], [1, 2], "x", "y", diagonal=True))
+    lines = [len(saved(plots.scatter([0, 1], [1, 2], "a (nats)", y)).axes[0].lines) for y in ("b (nats)", "c (logits)")]
+    assert lines == [2, 1]  # x = y, beside zero, where it means something
     points = saved(plots.curve({"a": (["L0", "L1"], [1, 2], [0, 1], [2, 3])}, "layer", "nats")).axes[0]
     assert points.lines[0].get_linestyle() == "None"  # no slope between two layers
     table = pd.DataFrame({"head": ["L0H1", "L1H0"], "mean": [1.0, 2.0], "low": [0.5, 1.0], "high": [1.5, 2.5]})
