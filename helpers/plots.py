@@ -115,7 +115,7 @@ def matrices(
             cbar=axis is axes[0, -1], cbar_kws={"label": label}, **limits,
         )  # fmt: skip
         axis.set(xlabel=xlabel, ylabel=ylabel if axis is axes[0, 0] else "", title=title)
-        axis.tick_params(axis="both", labelsize=9)
+        axis.tick_params(axis="both", labelsize=9, length=0)
         axis.tick_params(axis="y", rotation=0)
     return figure
 
