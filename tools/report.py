@@ -136,9 +136,8 @@ def write_report(model_folder: Path) -> Path | None:
 
 def _report_section(summary: dict, folder: Path) -> list[str]:
     name = summary["notebook"]
-    sizes = ", ".join(
-        f"{key} {as_text(value)}" for key, value in summary.get("parameters", {}).items() if key not in OWN
-    )
+    parameters = summary.get("parameters", {}).items()
+    sizes = ", ".join(f"{key} {as_text(value)}" for key, value in parameters if key not in OWN)
     lines = ["", f"## [{name}]({name}.ipynb)", "", *([f"With {sizes}.", ""] if sizes else [])]
     kept = [(f"`{key}`", as_text(value)) for key, value in summary["results"].items()]
     lines += markdown_table(pd.DataFrame(kept, columns=["result", "value"]))

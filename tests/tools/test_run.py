@@ -38,7 +38,7 @@ def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path, capsys):
     kept = out / "induction-2l"
     assert {p.name for p in kept.iterdir()} == {"01_good", "01_good.ipynb", "02_bad.failed.ipynb", "report.md"}
     report = (kept / "report.md").read_text()
-    assert "0.500 [0.400, 0.600]" in report and "| L0H1 | 0.500 |" in report and "| size | 7 |" in report
+    assert "0.500 [0.400, 0.600]" in report and "| L0H1 | 0.500 |" in report and "| `size` | 7 |" in report
     assert not list(out.glob(".staging*"))
     assert str(tmp_path) not in (kept / "01_good.ipynb").read_text()
 
