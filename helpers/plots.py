@@ -139,10 +139,10 @@ def curve(
     for log, scaled, ticks in ((log_x, axis.set_xscale, axis.xaxis), (log_y, axis.set_yscale, axis.yaxis)):
         if log:  # plain numbers
             scaled("log")
-            ticks.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}", minor_formatter="")
+            ticks.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     if named:
         shown = names[:: _every(len(names))]
-        tilt = {"rotation": 30, "ha": "right"} if len("".join(shown)) > 50 else {}
+        tilt = {"rotation": 30, "ha": "right"} if len("".join(shown)) > 40 else {}
         axis.set_xticks(range(0, len(names), _every(len(names))), shown, **tilt)
         axis.margins(x=0.3 if few else 0.05)
     if marks:
