@@ -69,7 +69,7 @@ def run_on(python: Path, notebook, folder: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("REQUIRE_ALL"), reason="installs Colab's packages; CI does, by REQUIRE_ALL=1")
+@pytest.mark.ci
 @pytest.mark.parametrize("path", PATHS[:5], ids=lambda path: path.stem)
 def test_a_notebook_runs_on_colab_from_its_setup_cell_on(colab, clone, tmp_path, path):
     notebook = read_notebook(path)

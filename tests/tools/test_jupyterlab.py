@@ -15,7 +15,7 @@ from wrong_answers import WRONG
 from tools import run
 from tools.editions import exercises, solution_edition, student_edition
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]
 
 
 @pytest.fixture

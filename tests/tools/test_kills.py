@@ -45,7 +45,7 @@ def earlier(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("how", ["SIGKILL", *(pytest.param(s, marks=pytest.mark.ci) for s in ("SIGINT", "SIGTERM"))])
 def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, tmp_path, how, moment):
     notebooks, out = tmp_path / "notebooks", tmp_path / "out"
     if moment == "one is done":
