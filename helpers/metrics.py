@@ -61,10 +61,12 @@ def evaluate(model: TransformerBridge, tokens: Tokens, metric: Metric, chunk: in
     """The metric of the unedited model."""
     read = positions_read(model, tokens, metric)
     read_only = ("unembed.hook_in", lambda resid, hook: resid[:, read])  # with a large vocabulary most of the time
-    everyone = torch.arange(len(tokens), device=tokens.device)
+
+    def measured(rows):
+        return metric.of(model.run_with_hooks(tokens[rows], fwd_hooks=[read_only]), rows)
+
     with torch.no_grad():
-        logits = (model.run_with_hooks(tokens[rows], fwd_hooks=[read_only]) for rows in everyone.split(chunk))
-        return torch.cat([metric.of(part, rows) for part, rows in zip(logits, everyone.split(chunk))])
+        return torch.cat([measured(rows) for rows in torch.arange(len(tokens), device=tokens.device).split(chunk)])
 
 
 class NoGap(ValueError):

@@ -129,7 +129,8 @@ def curve(
     """
     figure, axis = subplots(figsize=(8.5, 4.2))
     names = next(iter(lines.values()))[0]
-    named, few = isinstance(names[0], str), isinstance(names[0], str) and len(names) < 4
+    named = isinstance(names[0], str)
+    few = named and len(names) < 4
     for i, (name, (x, mean, *interval)) in enumerate(lines.items()):
         later = len(lines) - 1 - i  # lines drawn later are thinner, so that none is hidden
         style = {"ls": "", "marker": "o", "ms": 6 + 1.5 * later} if few else {"ls": DASHES[i % len(DASHES)]}
@@ -141,9 +142,9 @@ def curve(
             scaled("log")
             ticks.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     if named:
-        shown = names[:: _every(len(names))]
-        tilt = {"rotation": 30, "ha": "right"} if len("".join(shown)) > 40 else {}
-        axis.set_xticks(range(0, len(names), _every(len(names))), shown, **tilt)
+        step = _every(len(names))
+        tilt = {"rotation": 30, "ha": "right"} if len("".join(names[::step])) > 40 else {}
+        axis.set_xticks(range(0, len(names), step), names[::step], **tilt)
         axis.margins(x=0.3 if few else 0.05)
     if marks:
         for x in marks.values():

@@ -16,7 +16,6 @@ KINDS = {
     "scatter": "scatter",
     "token_strip": "text with each token coloured",
     "circuit_diagram": "diagram of the circuit",
-    "graph": "diagram",
 }
 
 

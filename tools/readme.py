@@ -8,7 +8,7 @@ import pandas as pd
 
 from helpers.catalog import DEFAULT_MODEL
 from helpers.results import write_text
-from tools.report import markdown_table, read_summaries, results_of
+from tools.report import NOTHING, markdown_table, read_summaries, results_of
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- measured: written by `python -m tools report --readme` -->"
@@ -59,7 +59,7 @@ def _findings(models: dict[str, dict]) -> pd.DataFrame:
     scores = {name: results_of(summaries, "attention_visualization") for name, summaries in models.items()}
     losses = {name: results_of(summaries, "prompt_construction") for name, summaries in models.items()}
     rows = {
-        "head with the clearest induction stripe": [found.get("top_induction_head", "–") for found in scores.values()],
+        "head with the clearest induction stripe": [s.get("top_induction_head", NOTHING) for s in scores.values()],
         "its attention on the token to copy": [_mean(found, "top_induction_score") for found in scores.values()],
         "loss of an even guess (nats)": [_even_guess(found) for found in scores.values()],
         "loss on random tokens, first time (nats)": [_mean(found, "first_copy_loss_nats") for found in losses.values()],
@@ -69,11 +69,11 @@ def _findings(models: dict[str, dict]) -> pd.DataFrame:
 
 
 def _mean(results: dict, name: str) -> str:
-    return f"{results[name]['mean']:.2f}" if name in results else "–"
+    return f"{results[name]['mean']:.2f}" if name in results else NOTHING
 
 
 def _even_guess(results: dict) -> str:
-    return f"{math.log(results['layout']['d_vocab']):.2f}" if "layout" in results else "–"
+    return f"{math.log(results['layout']['d_vocab']):.2f}" if "layout" in results else NOTHING
 
 
 def _durations(benchmarks: Path) -> list[str]:
@@ -94,5 +94,5 @@ def _seconds(models: dict[str, dict]) -> pd.DataFrame:
     rows = []
     for name, summaries in models.items():
         times = {notebook[:2]: f"{summary['wall_time_s']:.0f}" for notebook, summary in summaries.items()}
-        rows.append([name, *(times.get(number, "–") for number in numbers)])
+        rows.append([name, *(times.get(number, NOTHING) for number in numbers)])
     return pd.DataFrame(rows, columns=["model", *numbers])

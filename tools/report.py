@@ -12,7 +12,7 @@ from helpers.results import write_atomically, write_text
 from tools.captions import captions
 
 SCORES, WEIGHTS = "attention_visualization", "circuit_weights"
-OWN = ("model_name", "output_dir")  # parameters that say nothing of an experiment
+OWN_PARAMETERS = ("model_name", "output_dir")  # the runner sets these itself; they say nothing of an experiment
 
 # What a row shows: (text, name of the notebook without its number, names of the recorded results, joined by a space).
 # A row that no model has is left out.
@@ -137,7 +137,7 @@ def write_report(model_folder: Path) -> Path | None:
 def _report_section(summary: dict, folder: Path) -> list[str]:
     name = summary["notebook"]
     parameters = summary.get("parameters", {}).items()
-    sizes = ", ".join(f"{key} {as_text(value)}" for key, value in parameters if key not in OWN)
+    sizes = ", ".join(f"{key} {as_text(value)}" for key, value in parameters if key not in OWN_PARAMETERS)
     lines = ["", f"## [{name}]({name}.ipynb)", "", *([f"With {sizes}.", ""] if sizes else [])]
     kept = [(f"`{key}`", as_text(value)) for key, value in summary["results"].items()]
     lines += markdown_table(pd.DataFrame(kept, columns=["result", "value"]))

@@ -38,11 +38,9 @@ from tools.kernels import (
     read_notebook,
 )
 from tools.progress import Progress
-from tools.report import write_report
+from tools.report import OWN_PARAMETERS, write_report
 
 NOTEBOOKS = ROOT / "notebooks"
-# The runner sets these itself.
-OWN_PARAMETERS = ("model_name", "output_dir")
 # What the comment of a parameter may say of its values, as in `# prompts, at least 2`.
 RANGES = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
 
