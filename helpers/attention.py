@@ -19,7 +19,7 @@ def induction_score(pattern: Pattern, length: int) -> Score:
     """Mean attention from the second copy to the token after the query's earlier occurrence.
 
     For [BOS, r, r] with |r| = length: mean of A[q, q - (length - 1)] over q in the second copy.
-    Source: Olsson et al. 2022, appendix, prefix matching (with the +1 erratum).
+    Olsson et al. 2022, appendix, prefix matching (with the +1 erratum), for one repetition.
 
     Raises:
         ValueError: the pattern is not that of [BOS, r, r].
@@ -105,12 +105,6 @@ def score_heads(
 def strongest(samples: Float[Tensor, "sample layer head"]) -> tuple[int, int]:
     """Layer and head, counted from zero, of the largest mean."""
     return divmod(int(samples.mean(0).argmax()), samples.shape[2])
-
-
-def patterns_of(model: TransformerBridge, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "layer head query key"]:
-    """All attention patterns of one prompt, for drawing."""
-    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
-    return torch.cat([cache["pattern", layer] for layer in range(model.cfg.n_layers)])
 
 
 def induction_samples(

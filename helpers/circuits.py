@@ -41,7 +41,10 @@ def head_weights(model: TransformerBridge) -> HeadWeights:
 
     W_U is also centred over the vocabulary, which changes no probability.
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+    Raises ValueError where attention or the unembedding reads what no norm has seen, or a norm spans several heads.
     """
+    if not (hasattr(model, "ln_final") and hasattr(model.blocks[0], "ln1")):
+        raise ValueError(f"{model.cfg.model_name} has no norm before attention or none before its unembedding")
     # The library's factors repeat keys and values for grouped queries.
     W_Q, W_K, W_V = (
         torch.stack([fold(block.ln1, w) for block, w in zip(model.blocks, weight)])
@@ -70,6 +73,8 @@ def _gains(model, norm: str, width: int) -> Float[Tensor, "layer 1 1 width"]:
 def _gain(norm, width: int) -> Float[Tensor, "width"]:
     """What a norm multiplies by, measured: some store their gain less one, some have none."""
     weight = next(norm.parameters(), torch.empty(0))
+    if weight.numel() not in (0, width):
+        raise ValueError(f"a norm over {weight.numel()} numbers cannot be folded into matrices of {width}")
     # Of zero mean and unit mean square, so that norms of either kind only scale it; a thousand times, to drown eps.
     x = torch.arange(width, device=weight.device, dtype=weight.dtype).remainder(2) - 0.5
     x = (x - x.mean()) / x.std(correction=0)

@@ -110,7 +110,7 @@ def read_tokenizer(folder: Path):
     """The tokenizer of a folder in Hugging Face format, or None where there is none; refuses as `read_json` does."""
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer_config.json").exists():
+    if not any(folder.glob("tokenizer*.json")):
         return None
     for file in folder.glob("tokenizer*.json"):
         read_json(file)

@@ -108,13 +108,12 @@ def patch_resid(
 
 @torch.no_grad()
 def patch_edges(
-    model: Model, corrupted: Tokens, clean: Tokens, metric: Metric,
-    receiver: tuple[int, int], through: str = "q", shared: bool = False,
-) -> Float[Tensor, "prompt layer head"]:  # fmt: skip
+    model: Model, corrupted: Tokens, clean: Tokens, metric: Metric, receiver: tuple[int, int], through: str = "q"
+) -> Float[Tensor, "prompt layer head"]:
     """Effect of each head of the layers below on `receiver` alone, through its q, k or v: direct paths.
 
     What the sender writes, clean minus corrupted, reaches that input alone. Where a group of heads shares k and v,
-    only the pattern or z that the receiver makes of them is kept; `shared` makes the whole group the receiver.
+    only the pattern or z that the receiver makes of them is kept.
     Source: Wang et al. 2022, "Interpretability in the Wild", path patching.
     """
     _check_part(through, ("q", "k", "v"))
@@ -123,7 +122,7 @@ def patch_edges(
     n_inputs = n_heads if through == "q" else model.cfg.n_key_value_heads or n_heads
     sweep = _patching(model, corrupted, clean, metric, ())
     index = torch.tensor([head * n_inputs // n_heads, head], device=sweep.baseline.device)
-    alone = None if shared or n_inputs == n_heads else _one_of(n_heads, index[1:])
+    alone = None if n_inputs == n_heads else _one_of(n_heads, index[1:])
     edge = partial(_edge, sweep, layer, through, _one_of(n_inputs, index[:1]), alone)
     effects = sweep.effects((layer, n_heads, partial(edge, sender)) for sender in range(layer))
     return effects.unflatten(1, (layer, n_heads))

@@ -46,7 +46,12 @@ def answer_margin(right: Prompts, wrong: Prompts) -> Metric:
 
 
 def mean_loss(tokens: Tokens, first: int = 1) -> Metric:
-    """Mean of -log p(token) over the tokens from position `first` on, in nats."""
+    """Mean of -log p(token) over the tokens from position `first` on, in nats.
+
+    Raises ValueError where nothing predicts the first of these tokens, or there is none.
+    """
+    if not 1 <= first < tokens.shape[1]:
+        raise ValueError(f"no loss from position {first} on of prompts of {tokens.shape[1]} tokens; the first is at 1")
 
     def of(logits, rows):
         targets = tokens[rows, first:]

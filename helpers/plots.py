@@ -42,6 +42,10 @@ def _limits(values, diverging: bool, top: float | None = None) -> dict:
     return {"vmin": 0, "vmax": top or 1.0, "cmap": SEQUENTIAL}
 
 
+def _array(values) -> np.ndarray:
+    return np.asarray(values.cpu() if isinstance(values, Tensor) else values, dtype=float)
+
+
 def _every(n: int) -> int:
     return 1 + (n - 1) // 16  # so many ticks can be read
 
@@ -89,7 +93,7 @@ def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: st
 def pattern(attention: Float[Tensor, "query key"], title: str, labels=None, stripe: int | None = None) -> Figure:
     """One head's attention pattern; `stripe` marks the diagonal at that offset, from the second token of r on."""
     figure = matrices(
-        {title: attention.cpu()}, "key position (attended to)", "query position", "attention (probability)",
+        {title: attention}, "key position (attended to)", "query position", "attention (probability)",
         ticks=(labels, labels) if labels else None, size=5.4,
     )  # fmt: skip
     if stripe is not None:
@@ -102,7 +106,7 @@ def matrices(
     panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None, size=3.8
 ) -> Figure:
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
-    panels = {title: np.asarray(matrix, dtype=float) for title, matrix in panels.items()}
+    panels = {title: _array(matrix) for title, matrix in panels.items()}
     values, n = np.concatenate([matrix.ravel() for matrix in panels.values()]), len(panels)
     limits = _limits(values, diverging, max(1.0, float(np.nanmax(values))))
     figure, axes = subplots(1, n, figsize=(size * n + 1, size), squeeze=False)
@@ -141,10 +145,13 @@ def curve(
         if log:  # plain numbers
             scaled("log")
             ticks.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    if not (named or log_x) and all(isinstance(i, int) for i in names):
+        axis.xaxis.get_major_locator().set_params(integer=True)  # no half of a head
     if named:
-        step = _every(len(names))
-        tilt = {"rotation": 30, "ha": "right"} if len("".join(names[::step])) > 40 else {}
-        axis.set_xticks(range(0, len(names), step), names[::step], **tilt)
+        shown = range(0, len(names), _every(len(names)))
+        tilt = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        crowded = len(shown) * max(len(names[i]) for i in shown) > 60
+        axis.set_xticks(shown, [names[i] for i in shown], **(tilt if crowded else {}))
         axis.margins(x=0.3 if few else 0.05)
     if marks:
         for x in marks.values():
@@ -160,7 +167,7 @@ def curve(
 
 def scatter(x, y, xlabel: str, ylabel: str, title="", names: dict | None = None) -> Figure:
     """Points, some of them named (`{index: name}`) at the right, each by a line; dashed is x = y if units agree."""
-    x, y = (np.asarray(values, dtype=float) for values in (x, y))
+    x, y = _array(x), _array(y)
     figure, axis = subplots(figsize=(8.5, 4.6))
     axis.scatter(x, y, s=22, color=PALETTE[0])
     axis.axhline(0, color="0.7", lw=1)
@@ -185,7 +192,7 @@ def token_strip(tokens: list[str], values: Float[Tensor, "pos"], label: str, tit
     Raises:
         ValueError: there is not one value a token.
     """
-    values = np.asarray(values, dtype=float)
+    values = _array(values)
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} values for {len(tokens)} tokens")
     rows, empty = -(-len(tokens) // per_row), -len(tokens) % per_row

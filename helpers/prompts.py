@@ -110,7 +110,7 @@ def repeated_tokens(
 ) -> Int[Tensor, "batch pos"]:
     """[BOS, r, r] with |r| = length: the sequences on which induction is scored.
 
-    Source: Olsson et al. 2022, "In-context Learning and Induction Heads", appendix on scores.
+    After Olsson et al. 2022, "In-context Learning and Induction Heads", appendix, who write a shorter r four times.
     """
     return with_bos(model, random_tokens(model, length, batch, seed).repeat(1, copies))
 

@@ -112,7 +112,7 @@ def build_shortformer(
     row of a pattern sums to one; with positions in Q and K nothing else may be folded.
 
     Raises:
-        ValueError: a weight is missing or has the wrong shape for the configuration.
+        ValueError: a weight is missing, left over or of another shape than the configuration's.
     """
     cfg = shortformer_config(config)
     module = ShortformerModel(cfg) if config.get("shortformer_pos", True) else NativeModel(cfg)
@@ -120,11 +120,12 @@ def build_shortformer(
         module, "TransformerLensNative", tl_config=cfg, tokenizer=tokenizer, model_name=name
     )
     converted, target = convert_tl_checkpoint(state, cfg), bridge.state_dict()
-    for key in target.keys() - converted.keys():
-        if not key.endswith("bias"):
-            raise ValueError(f"{name}: the weights lack {key!r}")
-        converted[key] = torch.zeros_like(target[key])
-    bridge.load_state_dict({key: converted[key] for key in target}, strict=True)
+    biases = [key for key in target.keys() - converted.keys() if key.endswith("bias")]
+    converted |= {key: torch.zeros_like(target[key]) for key in biases}
+    wanted, given = ({(key, weight.shape) for key, weight in state.items()} for state in (target, converted))
+    if wrong := sorted({key for key, _ in wanted ^ given}):
+        raise ValueError(f"{name}: weights missing, left over or of the wrong shape: {', '.join(wrong[:3])}")
+    bridge.load_state_dict(converted, strict=True)
     with torch.no_grad():
         for attn in (block.attn for block in bridge.blocks):
             attn.o.bias.add_(attn.o.weight @ attn.v.bias)

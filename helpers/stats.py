@@ -144,9 +144,9 @@ def in_context_score(
     a few texts is mostly noise. Source: Olsson et al. 2022, "Models' in-context learning score".
 
     Raises:
-        ValueError: the texts end before token `late + window`.
+        ValueError: the texts end before token `late + window`, or begin after token `early - window`.
     """
-    if losses.shape[1] < late + window:
-        raise ValueError(f"texts of {losses.shape[1] + 1} tokens have no token {late + window}")
+    if losses.shape[1] < late + window or early <= window:
+        raise ValueError(f"texts of {losses.shape[1] + 1} tokens have no token {late + window} or {early - window}")
     at_late, at_early = (losses[:, i - 1 - window : i + window].mean(1) for i in (late, early))
     return at_late - at_early

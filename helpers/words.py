@@ -1,28 +1,13 @@
 """Words that notebook 10 asks models about: capitals, synonyms and French, names that nobody has, lists of pairs."""
 
+import json
 import random
+from pathlib import Path
 
-_CAPITALS = """
-France Paris, Germany Berlin, Italy Rome, Spain Madrid, Portugal Lisbon, Austria Vienna, Hungary Budapest,
-Poland Warsaw, Greece Athens, Turkey Ankara, Russia Moscow, Ukraine Kiev, Romania Bucharest, Bulgaria Sofia,
-Serbia Belgrade, Croatia Zagreb, Ireland Dublin, Scotland Edinburgh, Wales Cardiff, England London, Belgium Brussels,
-Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, Iceland Reykjavik, Estonia Tallinn, Latvia Riga,
-Lithuania Vilnius, Albania Tirana, Egypt Cairo, Morocco Rabat, Algeria Algiers, Tunisia Tunis, Libya Tripoli,
-Kenya Nairobi, Uganda Kampala, Nigeria Abuja, Ghana Accra, Senegal Dakar, Zimbabwe Harare, Ethiopia Addis,
-Sudan Khartoum, Somalia Mogadishu, Angola Luanda, Israel Jerusalem, Lebanon Beirut, Syria Damascus, Jordan Amman,
-Iraq Baghdad, Iran Tehran, Afghanistan Kabul, Pakistan Islamabad, India Delhi, Bangladesh Dhaka, Nepal Kathmandu,
-China Beijing, Japan Tokyo, Taiwan Taipei, Vietnam Hanoi, Thailand Bangkok, Indonesia Jakarta, Australia Canberra,
-Canada Ottawa, Cuba Havana, Jamaica Kingston, Peru Lima, Chile Santiago, Argentina Buenos, Uruguay Montevideo,
-Venezuela Caracas, Colombia Bogota, Ecuador Quito, Bolivia Sucre"""
-CAPITALS = [tuple(pair.split()) for pair in _CAPITALS.split(",")]  # (country, first word of its capital)
+_LISTS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+CAPITALS = [tuple(pair) for pair in _LISTS["capitals"]]  # (country, first word of its capital)
 FACTS = [(*fact, *CAPITALS[i - 9]) for i, fact in enumerate(CAPITALS)]  # with another country and its capital
-
-_SYNONYMS = """
-road street route, boat ship bateau, car automobile voiture, doctor physician médecin, shop store magasin,
-house home maison, dog hound chien, rabbit bunny lapin, stone rock pierre, king monarch roi, town city ville,
-teacher instructor professeur, friend buddy ami, jacket coat veste, lawyer attorney avocat, sea ocean mer,
-pig hog cochon, cup mug tasse, hat cap chapeau, chicken hen poulet"""
-SYNONYMS = [tuple(words.split()) for words in _SYNONYMS.split(",")]  # (word, synonym, French)
+SYNONYMS = [tuple(row) for row in _LISTS["synonyms"]]  # (word, synonym, French)
 
 
 def invented_names(n: int, seed: int) -> list[str]:

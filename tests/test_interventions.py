@@ -310,7 +310,7 @@ def test_memory_is_that_of_the_record_and_one_batch(two_layers, name, first, mon
 @pytest.mark.parametrize("through", "qkv")
 @pytest.mark.parametrize("architecture", ["shortformer", "gpt2", "llama"])
 def test_edges_are_those_of_a_run_with_hooks(tiny, architecture, through):
-    """One sender's output from other prompts, in one input of one receiver (or of its group) alone."""
+    """One sender's output from other prompts, in one input of one receiver alone."""
     model, grouped = tiny(architecture), architecture == "llama" and through != "q"
     tokens, others = torch.randint(1, 50, (2, 3, 12), generator=torch.Generator().manual_seed(0))
     layer, metric = model.cfg.n_layers - 1, mean_loss(tokens, first=6)
@@ -338,9 +338,9 @@ def test_edges_are_those_of_a_run_with_hooks(tiny, architecture, through):
         axis = 2 if through == "v" else 1
         alone = model.run_with_hooks(tokens, fwd_hooks=[(kept, put(cache[kept], axis, 3))])
     rows, baseline = torch.arange(3), evaluate(model, tokens, metric)
-    for shared, logits in ((True, group), (False, alone if grouped else group)):
-        edges = patch_edges(model, tokens, others, metric, (layer, 3), through, shared)
-        close(edges[:, layer - 1, 2], metric.of(logits[:, metric.positions], rows) - baseline)
+    logits = alone if grouped else group
+    edges = patch_edges(model, tokens, others, metric, (layer, 3), through)
+    close(edges[:, layer - 1, 2], metric.of(logits[:, metric.positions], rows) - baseline)
     if grouped:
         assert (group - alone).abs().max() > 1e-3
 

@@ -27,7 +27,8 @@ def interrupt(tokens, length, fresh):
         ("find_induction_heads", '''
 def find_induction_heads(model, threshold, length, seed):
     tokens = prompts.repeated_tokens(model, length, 1, seed)
-    stripe = attention.patterns_of(model, tokens).diagonal(-length, -2, -1).mean(-1)
+    patterns = model.run_with_cache(tokens)[1].stack_activation("pattern")[:, 0]
+    stripe = patterns.diagonal(-length, -2, -1).mean(-1)
     found = sorted((s.item(), i, j) for i, row in enumerate(stripe) for j, s in enumerate(row) if s > threshold)
     return [stats.head_name(i, j) for _, i, j in found]
 ''', "strongest"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.catalog import Source, checkpoints, model_folder, resolve
+from helpers.circuits import head_weights
 from helpers.folding import TOLERANCE, log_probs
 from helpers.hugging_face import read_hugging_face
 from helpers.interventions import ablate_heads, patch_resid
@@ -209,10 +210,11 @@ def attribution(model: TransformerBridge, tokens: Tokens) -> Finding:
 
 
 def weights(model: TransformerBridge) -> Finding:
-    """Whether a head's matrices can be had."""
+    """Whether a head's matrices can be had, with the norms folded in."""
     cfg = model.cfg
     try:
-        shapes = [model.W_Q.shape, model.W_O.shape]
+        found = head_weights(model)
+        shapes = [found.W_Q.shape, found.W_O.shape]
     except Exception as error:  # the library says so in several ways
         return Finding("weights by head", f"refused: {str(error).split('. ')[0]}")
     head = (cfg.n_layers, cfg.n_heads)

@@ -59,7 +59,7 @@ class Cluster:
         return self.digests[model]
 
     @asynccontextmanager
-    async def ready(self) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
+    async def ready(self, n_jobs: int) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
         """Gives the function that executes a notebook on a worker and brings back what it made."""
         listeners: dict[str, Callable[[int], object]] = {}
 
@@ -121,6 +121,7 @@ def state(models: list[str]) -> dict[str, dict[str, str]]:
     versions |= {"python": ".".join(platform.python_version_tuple()[:2])}
     versions |= {"helpers": source_digest("helpers"), "tools": source_digest("tools")}
     digests, missing = {}, {}
+    model_digest.cache_clear()  # a worker outlives the files that it has seen
     for model in models:
         try:
             digests[model] = model_digest(model)

@@ -13,6 +13,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from filelock import FileLock
+
 from helpers.catalog import MODELS, ModelUnavailable, Source, converted_folder, hub_folder, resolve
 
 CONVERTED = ("wheel", "legacy", "shortformer")
@@ -61,16 +63,17 @@ def ensure(name: str) -> Path | None:
     if _is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    try:
-        (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, temporary)
-        _sign(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except FileExistsError:
-        pass  # another process was first
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with FileLock(folder.parent.with_suffix(".lock")):
+        if _is_whole(folder):  # another process was first
+            return folder
+        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        try:
+            (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, temporary)
+            _sign(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

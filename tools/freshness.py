@@ -16,9 +16,10 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 
 def fingerprint(text: str, parameters: dict, model_digest: str) -> dict[str, str]:
-    """Digests of all that decides what a notebook finds: its cells, the helpers, its parameters and the model.
+    """Digests of what outputs are made from: a notebook's cells, the helpers, its parameters and the model.
 
-    `text` is the notebook's file. Neither the model's name nor any path of this machine takes part.
+    `text` is the notebook's file. Neither the model's name nor any path of this machine takes part, nor do the
+    versions of libraries, so that outputs made on another machine count as made.
     """
     notebook = nbformat.reads(text, as_version=4)
     defaults = {name: value for name, (value, _) in declared_parameters(notebook).items()}
@@ -47,7 +48,7 @@ def sign(made: Path, fingerprint: dict[str, str]) -> None:
 
 def source_digest(package: str) -> str:
     """The digest of the source of `helpers` or `tools`."""
-    return _of_files((ROOT / package).glob("*.py"))
+    return _of_files([*(ROOT / package).glob("*.py"), *(ROOT / package).glob("*.json")])
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from helpers.catalog import slug
 from helpers.results import write_atomically, write_text
 from tools.captions import captions
 
@@ -167,6 +168,7 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
         ValueError: no model has outputs, or one that was asked for has none.
     """
     present = whole_models(outputs)
+    models = models and list(map(_folder_name, models))
     missing = {name for name in models or [] if not (folder_of(outputs / name, SCORES) / "summary.json").exists()}
     if missing or not (present or models):
         names = ", ".join(sorted(missing)) or "any model"
@@ -183,6 +185,14 @@ def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
     lines += [f"- {_layout_text(name, layouts[name], results_of(s, SCORES))}" for name, s in found.items()]
     lines += ["", *(f"[Report of {name}]({name}/report.md)  " for name in found)]
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
+
+
+def _folder_name(model: str) -> str:
+    """The name of a model's folder; that of one seed's, which names no model, is itself."""
+    try:
+        return slug(model)
+    except ValueError:
+        return model
 
 
 def whole_models(outputs: Path) -> list[str]:

@@ -259,22 +259,18 @@ def is_outdated(job: Job, digest: str) -> bool:
     return bool(changed) or not (job.folder / job.notebook.name).exists()
 
 
-def last_wall_time(job: Job) -> float | None:
-    """Seconds that a job took when it last ran here; None if it never did."""
-    return _wall_time(job.place)
-
-
 def longest_first(jobs: list[Job]) -> list[Job]:
     """The jobs in the order in which they end soonest: those that took long before, or are new, come first."""
     shipped = ROOT / "outputs" / DEFAULT_MODEL
 
     def seconds(job: Job) -> float:
-        return _wall_time(job.place) or _wall_time(shipped / job.notebook.stem) or math.inf
+        return wall_time(job.place) or wall_time(shipped / job.notebook.stem) or math.inf
 
     return sorted(jobs, key=seconds, reverse=True)
 
 
-def _wall_time(place: Path) -> float | None:
+def wall_time(place: Path) -> float | None:
+    """Seconds that a notebook took whose outputs are in `place`; None if there are none."""
     try:
         return float(json.loads((place / "summary.json").read_text(encoding="utf-8"))["wall_time_s"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -311,12 +307,13 @@ class ThisMachine:
         return model_digest(model)
 
     @asynccontextmanager
-    async def ready(self) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
+    async def ready(self, n_jobs: int) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
         """Gives the function that executes a notebook here, when there is room."""
         free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
-        for place in range(self.n_parallel):
+        n_parallel = min(self.n_parallel, n_jobs)  # one notebook alone has all cores
+        for place in range(n_parallel):
             own = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
-            free.put_nowait(kernel_environment(self.n_parallel) | own)
+            free.put_nowait(kernel_environment(n_parallel) | own)
 
         async def in_turn(text: str, parameters: dict, folder: Path, on_cell: Callable) -> Outcome:
             environment = await free.get()
@@ -459,7 +456,7 @@ async def _run_all(
     jobs: list[Job], machine: "ThisMachine | Cluster", staging: Path, outcomes: dict[str, Outcome]
 ) -> None:
     _end_on_signals(asyncio.get_running_loop(), asyncio.current_task())
-    async with Progress() as progress, machine.ready() as execute_there:
+    async with Progress() as progress, machine.ready(len(jobs)) as execute_there:
 
         async def whole(job: Job) -> None:
             outcomes[job.label] = await _run_job(job, machine.digest, execute_there, staging, progress)
@@ -493,7 +490,7 @@ async def _run_job(
             progress.at(job.label, n_done)
         else:
             began = time.monotonic()
-            progress.begin(job.label, n_cells, last_wall_time(job))
+            progress.begin(job.label, n_cells, wall_time(job.place))
 
     try:
         workplace = Path(tempfile.mkdtemp(dir=staging))
@@ -523,7 +520,10 @@ def _how_it_ended(job: Job, outcome: Outcome, seconds: float) -> str:
 def _keep(job: Job, outcome: Outcome, made_from: dict[str, str], workplace: Path, staging: Path) -> None:
     """Move what a job made into place; of a failed one only the notebook, under another name."""
     failed, target = job.folder / f"{job.notebook.stem}.failed.ipynb", job.place
-    if outcome.not_applicable:
+    if outcome.not_applicable:  # and so does nothing that was made before, from something else
+        _set_aside(job, staging)
+        for left in (failed, job.folder / job.notebook.name):
+            left.unlink(missing_ok=True)
         return
     # Where space may be wanting, before anything is replaced.
     executed = write_text(workplace / job.notebook.name, outcome.executed)
@@ -537,9 +537,14 @@ def _keep(job: Job, outcome: Outcome, made_from: dict[str, str], workplace: Path
     # The notebook first, for the outputs carry the fingerprint by which a later run takes both to be done.
     executed.replace(job.folder / job.notebook.name)
     for made in places:
-        if target.exists():
-            old = staging / "replaced" / job.folder.name / job.notebook.stem
-            old.parent.mkdir(parents=True, exist_ok=True)
-            target.rename(old)
+        _set_aside(job, staging)
         made.rename(target)
     failed.unlink(missing_ok=True)
+
+
+def _set_aside(job: Job, staging: Path) -> None:
+    """Move what an earlier run of a job made out of its place."""
+    if job.place.exists():
+        old = staging / "replaced" / job.folder.name / job.notebook.stem
+        old.parent.mkdir(parents=True, exist_ok=True)
+        job.place.rename(old)

@@ -63,7 +63,7 @@ def write_site(outputs: Path, out: Path) -> Path:
     models = {path.parent.name for path in outputs.glob(f"*/{NOTEBOOK}") if ".failed" not in path.name}
     if not models:
         raise ValueError(f"no executed notebooks in {outputs}; type `make run` first")
-    if out.exists() and not (out / "index.html").exists():
+    if out.exists() and not (out / ".buildinfo").exists():  # which the builder leaves
         raise ValueError(f"{out} exists and is not a site; name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".site-") as temporary:

@@ -466,6 +466,8 @@ def ship(name: str, folder: Path) -> None:
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         write_atomically(target / file, lambda p, file=file: shutil.copyfile(folder / file, p))
     write_text(target / "CARD.md", model_card(name, json.loads((folder / "config.json").read_text()), log))
+    for left in (target / "checkpoints").glob("*.safetensors"):  # of an earlier training
+        left.unlink()
     for step in steps_to_ship(log) if name == DEFAULT_MODEL else []:
         state = load_file(folder / f"checkpoints/step{step}.safetensors")
         packed = quantise({key: value.float() for key, value in state.items()})

@@ -180,7 +180,7 @@ def test_the_longest_of_the_last_run_comes_first_and_a_new_one_before_all(tmp_pa
         job.place.mkdir(parents=True)
         (job.place / "summary.json").write_text(json.dumps({"wall_time_s": seconds}))
     assert [job.notebook.stem for job in run.longest_first(jobs)] == ["03_c", "02_b", "01_a"]
-    assert [run.last_wall_time(job) for job in jobs] == [5.0, 50.0, None]
+    assert [run.wall_time(job.place) for job in jobs] == [5.0, 50.0, None]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
