@@ -1,5 +1,7 @@
 """Every notebook, executed once for all tests: at each exercise with a wrong answer, the solution and the stub."""
 
+from itertools import groupby
+
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 from wrong_answers import WRONG
@@ -16,16 +18,17 @@ def expect_refusal(check: str, word: str) -> str:
 
 
 def examination(notebook, wrong):
-    """Before the end, at every exercise: a wrong answer, the solution, and then the untouched stub."""
+    """Before the end, at every exercise: its wrong answers, the solution, and then the untouched stub."""
     cells, pairs = [], editions.exercises(notebook)
+    answers = [[*group] for _, group in groupby(wrong, key=lambda answer: answer[0])]
     student, solutions = editions.student_edition(notebook), editions.solution_edition(notebook)
     starts = {solution: k for k, (solution, _) in enumerate(pairs)}
     checks = {check for _, check in pairs}
     for i, cell in enumerate(notebook.cells):
         if i in starts:
             k, check = starts[i], pairs[starts[i]][1]
-            _, answer, word = wrong[k]
-            cells += [new_code_cell(answer), new_code_cell(expect_refusal(notebook.cells[check].source, word))]
+            for _, answer, word in answers[k]:
+                cells += [new_code_cell(answer), new_code_cell(expect_refusal(notebook.cells[check].source, word))]
             cells += [new_code_cell(solutions.cells[i].source), new_code_cell(solutions.cells[check].source)]
             cells += [new_code_cell(student.cells[i].source), new_code_cell(student.cells[check].source)]
         elif i not in checks:

@@ -43,7 +43,18 @@ def test_05_the_regression_lens_learns_bigrams_at_the_embedding_and_more_after_l
 
 
 def test_05_the_untied_embedding_does_not_read_itself(summary):
-    assert summary("05_logit_lens")["current_token_first_at_the_embedding"]["high"] < 0.1
+    r = summary("05_logit_lens")
+    assert r["current_token_first_at_the_embedding"]["high"] < 0.1
+    there = r["final_choice_by_stop"]
+    assert there["embedding"]["high"] < 0.1 and 0.2 < there["L0"]["mean"] < 0.3
+
+
+def test_05_a_late_fall_need_not_be_a_head_against_the_answer(summary):
+    r = summary("05_logit_lens", "smollm2-135m")
+    layer = r["largest_fall_at"].split()[0]
+    assert r["largest_fall_nats"]["high"] < 0 and not [
+        h for h in r["heads_writing_against"] if h.startswith(layer + "H")
+    ]
 
 
 def test_05_the_previous_token_head_works_through_the_induction_heads(summary):

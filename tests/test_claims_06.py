@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 FOLDER_06 = Path(__file__).resolve().parents[1] / "outputs/induction-2l/06_path_analysis"
 
@@ -103,6 +104,21 @@ def test_06_the_circuits_of_the_shortcuts_are_near_at_its_size_and_two_fall_behi
     # So it is integrating that orders the heads that matter, down to three of them.
     assert picked.loc[size - 2, "integrated"] > picked.loc[size - 2, "exact sweep"] - 0.05
     assert picked.loc[size - 2, "recomputed patterns"] < picked.loc[size - 2, "exact sweep"] - 0.15
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "gemma3-270m"])
+def test_06_in_deep_models_the_best_rank_correlation_picks_poor_circuits(summary, model):
+    r = summary("06_path_analysis", model)
+    order, size = r["rank_correlation"], r["circuit_size_of_all"][0]
+    assert order["gradient"] == max(order.values())
+    picked = pd.read_csv(FOLDER_06.parents[1] / model / "06_path_analysis/picked.csv", index_col=0)
+    assert picked.loc[size, "gradient"] < 1 / 3
+    assert picked.loc[size, "integrated"] > picked.loc[size, "exact sweep"] - 0.1
+    if model == "smollm2-135m":
+        better = picked.loc[[16, 32]]
+        assert (better["integrated"] > better["exact sweep"] + 0.2).all()
+    spent = r["seconds"]
+    assert 2 * max(spent["gradient"], spent["integrated"]) < min(spent["exact sweep"], spent["both repairs"])
 
 
 def test_06_the_head_missed_most_is_one_of_the_circuit(summary):

@@ -16,6 +16,11 @@ def test_08_the_match_is_through_block_0_and_gone_from_the_plain_embedding(summa
     assert match["token after block 0"] > 0.8 and match["plain embedding"] < 0.1
 
 
+def test_08_the_induction_heads_copy_and_another_head_stands_between_them(summary, table):
+    order = table("08_circuit_weights", "names").sort_values("copying", ascending=False)["head"].tolist()
+    assert {order[0], order[2]} == {*summary("08_circuit_weights")["heads"]["by_attention"]} and order[1] == "L1H0"
+
+
 def test_08_a_high_copying_score_without_top_1_copying(summary, table):
     names = table("08_circuit_weights", "names")
     assert ((names["copying"] > 0.9) & (names["top_1"] < 0.2)).any()

@@ -7,7 +7,7 @@ import torch
 from conftest import hugging_face_config, write_tokenizer
 from safetensors.torch import load_file, save_file
 
-from helpers import folding, models
+from helpers import catalog, folding, hugging_face, models
 
 
 def rewrite(folder, change):
@@ -106,3 +106,21 @@ def test_devices_that_are_not_here(monkeypatch):
     for device in ("gpu", *(() if torch.cuda.is_available() else ("cuda",))):
         with pytest.raises(ValueError, match=f"no device '{device}' here"):
             models.load("induction-2l", device)
+
+
+def test_weights_that_were_downloaded_alone_get_their_tokenizer(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(catalog, "hub_folder", lambda name, repo, files, revision: asked.append(files) or tmp_path)
+    source = catalog.resolve("owner/name")
+    catalog.model_folder("owner/name", source)
+    (tmp_path / "tokenizer.json").touch()
+    catalog.model_folder("owner/name", source)
+    assert [files[0] for files in asked] == ["*.safetensors", "tokenizer*", "*.safetensors"]
+
+
+def test_a_tokenizer_without_its_configuration_is_read(folder):
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    assert hugging_face.read_tokenizer(folder) is None
+    models.load("induction-2l", device="cpu").tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    assert hugging_face.read_tokenizer(folder)("x = 1", add_special_tokens=False)["input_ids"]

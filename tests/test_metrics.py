@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.metrics import by_class, recovery
+from helpers.metrics import by_class, mean_loss, recovery
 from helpers.stats import bootstrap_interval
 
 
@@ -41,3 +41,9 @@ def test_a_class_has_the_mean_of_its_tokens_and_needs_enough_texts():
     for name, samples in found.items():
         assert len(samples) == 12
         torch.testing.assert_close(samples.mean(), values[torch.from_numpy(labels == name)].mean())
+
+
+@pytest.mark.parametrize("first", [0, -1, 6])
+def test_a_loss_that_nothing_predicts_is_refused(first):
+    with pytest.raises(ValueError, match=f"position {first} on of prompts of 6 tokens; the first is at 1"):
+        mean_loss(torch.ones(2, 6, dtype=torch.long), first)

@@ -188,3 +188,15 @@ def test_layout_tells_groups_and_windows(tiny):
     layouts = {name: models.layout(tiny(name)) for name in ARCHITECTURES}
     assert [layouts[name]["n_key_value_heads"] for name in ARCHITECTURES] == [4, 4, 4, 2, 1]
     assert layouts["gemma3"]["global_layers"] == [2] and layouts["llama"]["global_layers"] == [0, 1, 2]
+
+
+def test_weights_that_are_left_over_missing_or_of_another_shape_are_refused():
+    state = shortformer_state(SHORTFORMER)
+    wrong = {
+        "blocks.1": (SHORTFORMER | {"n_layers": 1}, state),
+        "embed": (SHORTFORMER, state | {"embed.W_E": state["embed.W_E"][:, :16]}),
+        "unembed": (SHORTFORMER, {key: weight for key, weight in state.items() if key != "unembed.W_U"}),
+    }
+    for part, (config, weights) in wrong.items():
+        with pytest.raises(ValueError, match=f"missing, left over or of the wrong shape: .*{part}"):
+            models.build_shortformer(config, weights, "tiny")

@@ -17,7 +17,7 @@ from conftest import put_in_cache, write_tokenizer
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 
-from helpers import attention, interventions, metrics, models, prompts, stats
+from helpers import attention, interventions, metrics, models, prompts, stats, words
 from helpers.catalog import MODELS, ModelUnavailable, resolve
 from tools import convert, run
 
@@ -193,3 +193,10 @@ def test_a_sweep_at_the_last_position_equals_the_loop(name):
     expected = oracles.ablation_loop(bridge, tokens, loss, "mean", tokens.shape[1] - 2, heads=heads)
     for layer, head in heads:
         torch.testing.assert_close(effects[:, layer, head], expected[:, layer, head], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [pytest.param("smollm2-135m", marks=needs("smollm2-135m"))])
+def test_the_words_of_notebook_10_are_tokens_as_it_says(name):
+    model = models.load(name, device="cpu")
+    several = [sum(len(prompts.encode(model, " " + word)) > 1 for word in row) for row in zip(*words.SYNONYMS)]
+    assert len(words.SYNONYMS) == 20 and several == [0, 2, 18]

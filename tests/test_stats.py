@@ -102,3 +102,5 @@ def test_in_context_score_reads_the_named_tokens():
     assert stats.in_context_score(losses, window=10).item() == 450
     with pytest.raises(ValueError, match="no token 500"):
         stats.in_context_score(losses[:, :100])
+    with pytest.raises(ValueError, match="or -2"):
+        stats.in_context_score(losses[:, :64], early=8, late=50, window=10)

@@ -1,6 +1,7 @@
 """Plausible wrong answers to the exercises, and a word of the sentence with which the check must refuse each.
 
-{notebook: [(function, wrong source, word)]}. Each is run in its notebook, before the solution.
+{notebook: [(function, wrong source, word)]}. Each is run in its notebook, before the solution;
+an exercise may have several.
 """
 
 WRONG = {
@@ -10,6 +11,11 @@ def three_copies(model, length, batch, seed):
     losses = stats.token_losses(model, prompts.repeated_tokens(model, length, batch, seed, copies=3))
     return [losses[:, i * length : (i + 1) * length].mean().item() for i in range(3)]
 ''', "leave out its first token"),
+        ("three_copies", '''
+def three_copies(model, length, batch, seed):
+    losses = stats.token_losses(model, prompts.repeated_tokens(model, length, batch, seed, copies=3))
+    return [losses[:, a:b].mean().item() for a, b in ((0, length), (length + 1, 2 * length), (2 * length, 3 * length))]
+''', "third copy"),
         ("swap_corruption", '''
 def swap_corruption(tokens, k):
     swapped = tokens.clone()
@@ -40,6 +46,10 @@ def one_layer_scores(table, tokens):
 def robust_score(pattern_for, lengths):
     return max(attention.induction_score(pattern_for(n), n).item() for n in lengths)
 ''', "one length only"),
+        ("robust_score", '''
+def robust_score(pattern_for, lengths):
+    return attention.induction_score(pattern_for(lengths[0]), lengths[0]).item()
+''', "one length only"),
     ],
     "03_head_ablation": [
         ("circuit_parameters", '''
@@ -50,11 +60,21 @@ def circuit_parameters(d_model, d_head):
 def mean_of_others(z):
     return z.mean(0, keepdim=True).expand_as(z)
 ''', "own z"),
+        ("mean_of_others", '''
+def mean_of_others(z):
+    return z[1:].mean(0, keepdim=True).expand_as(z)
+''', "prompt 1"),
         ("change_without", '''
 def change_without(first, others):
     sets = [[first, other] for other in others]
     return -interventions.ablate_together(model, repeated, margin, sets, "mean").cpu()
 ''', "twice"),
+        ("change_without", '''
+def change_without(first, others):
+    sets = [[first, other] for other in others] + [[other] for other in others]
+    lost = -interventions.ablate_together(model, repeated, margin, sets, "mean").cpu()
+    return lost[:, : len(others)] - lost[:, len(others) :]
+''', "without the other"),
     ],
     "04_activation_patching": [
         ("my_recovery", '''
@@ -85,6 +105,14 @@ def outside(kept):
 def estimate(z, new, slope):
     return ((z - new) * slope).sum((1, 3))
 ''', "new minus z"),
+        ("estimate", '''
+def estimate(z, new, slope):
+    return (new - z).sum((1, 3))
+''', "times the slope"),
+        ("estimate", '''
+def estimate(z, new, slope):
+    return ((new - z) * slope).sum((1, 2))
+''', "over positions and over d_head"),
         ("smaller", '''
 def smaller():
     return circuit
@@ -124,7 +152,12 @@ def random_overlap(S, T, d, generator):
 def steepest(tokens, gain):
     slope = np.diff(gain[1:]) / np.diff(np.log(tokens[1:]))
     return 1 + int(slope.argmax())
-''', "midpoint"),
+''', "same place"),
+        ("steepest", '''
+def steepest(tokens, gain):
+    at = int((np.diff(gain[1:]) / np.diff(tokens[1:])).argmax()) + 1
+    return np.sqrt(tokens[at] * tokens[at + 1])
+''', "log axis"),
         ("split_change", '''
 def split_change(before, after, mask):
     change = after - before

@@ -53,6 +53,15 @@ def outputs(tmp_path):
     return tmp_path
 
 
+def test_a_model_is_asked_for_by_its_name_or_by_that_of_its_folder(outputs):
+    (outputs / "a").rename(outputs / "owner--a")
+    for name in ("owner/a", "owner--a"):
+        report.write_atlas(outputs, [name])
+        assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["owner--a"]
+    with pytest.raises(ValueError, match="no outputs of owner--b"):
+        report.write_atlas(outputs, ["owner/b"])
+
+
 def test_the_atlas_is_made_from_the_summaries(outputs):
     page = report.write_atlas(outputs).read_text()
     table = pd.read_csv(outputs / "atlas.csv", index_col=0)

@@ -260,6 +260,32 @@ def test_a_notebook_that_does_not_apply_says_so_and_is_no_failure(
     assert "0 of 1 notebooks done, 1 not applicable" in shown.out and not contents(tmp_path / "out")
 
 
+def test_what_no_longer_applies_leaves_nothing_of_an_earlier_run(notebooks, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "NOTEBOOKS", notebooks)
+    command = ["run", "--notebooks", "01", "--out", str(tmp_path / "out")]
+    assert main(command) == 0 and (tmp_path / "out/induction-2l/01_good/summary.json").exists()
+    code = "from helpers.results import NotApplicable\nraise NotApplicable('not this one')"
+    write_notebook(notebooks, "01_good", code)
+    assert main(command) == 0
+    assert not [path for path in (tmp_path / "out/induction-2l").iterdir() if path.name.startswith("01_good")]
+
+
+def test_one_notebook_alone_has_all_cores(notebooks, tmp_path, monkeypatch):
+    seen = []
+
+    async def execute(text, parameters, folder, environment, on_cell):
+        seen.append(environment.get("OMP_NUM_THREADS"))
+        return run.Outcome(not_applicable="only looked at")
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(kernels, "n_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    jobs = run.plan(["induction-2l"], run.find_notebooks(folder=notebooks), tmp_path / "out", {})
+    run.run_on(run.ThisMachine(2), jobs[:1])
+    run.run_on(run.ThisMachine(2), jobs[:2])
+    assert seen == [None, "4", "4"]
+
+
 # ---- checkpoints and seeds ----
 
 

@@ -192,5 +192,9 @@ def test_the_command_refuses_what_it_would_destroy(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert main(["site", "--outputs", str(OUTPUTS), "--out", str(tmp_path / "mine")]) == 2
     assert "is not a site" in capsys.readouterr().err
+    (tmp_path / "mine/index.html").write_text("a page of my own")
+    assert main(["site", "--outputs", str(OUTPUTS), "--out", str(tmp_path / "mine")]) == 2
+    assert (tmp_path / "mine/index.html").read_text() == "a page of my own"
+    capsys.readouterr()
     assert main(["site", "--outputs", str(tmp_path), "--out", str(tmp_path / "new")]) == 2
     assert "make run" in capsys.readouterr().err
