@@ -6,6 +6,7 @@ threads. Writes outputs/benchmarks/engines.csv: medians in seconds, their ratio,
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,11 @@ class Engine:
     """A process that imports one checkout and runs what it is told."""
 
     def __init__(self, checkout: Path, model: str):
+        # An earlier commit converts models into a format of its own.
+        own = {} if checkout == HERE else {"XDG_CACHE_HOME": str(checkout / ".cache")}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", str(checkout), "--models", model],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own,
         )  # fmt: skip
 
     def ask(self, **request):

@@ -36,9 +36,15 @@ def examination(notebook, wrong):
     return new_notebook(cells=cells, metadata=notebook.metadata)
 
 
+def failures(jobs, n_parallel=1):
+    """Execute jobs; returns label -> error of those that failed."""
+    outcomes = run.run_on(run.ThisMachine(n_parallel), jobs)
+    return {label: outcome.error for label, outcome in outcomes.items() if outcome.error}
+
+
 def execute(path, folder, model):
     """Execute the examination of one notebook; returns the folder of the model's outputs, and the errors."""
     source = folder / path.name
     nbformat.write(examination(run.read_notebook(path), WRONG[path.stem]), source)
-    errors = run.run(run.plan([model], [source], folder / "out", {}))
+    errors = failures(run.plan([model], [source], folder / "out", {}))
     return folder / "out" / model, errors

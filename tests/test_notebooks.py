@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import SHORTFORMER, shortformer_state
-from examination import PATHS
+from examination import PATHS, failures
 from safetensors.torch import save_file
 
 from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, slug
@@ -158,7 +158,7 @@ def redwoods_layout(folder: Path) -> Path:
 @pytest.mark.slow
 def test_scrubbing_runs_on_redwoods_layout(tmp_path):
     model, small = str(redwoods_layout(tmp_path / "redwood")), {"n_texts": "48", "n_chosen": "24", "n_corpus": "60"}
-    assert not run.run(run.plan([model], run.find_notebooks(["07_causal_scrubbing"]), tmp_path / "out", small))
+    assert not failures(run.plan([model], run.find_notebooks(["07_causal_scrubbing"]), tmp_path / "out", small))
     redwood = tmp_path / "out" / slug(model) / "07_causal_scrubbing"
     assert "90 / 51 / 79 / 35" in (redwood / "scrubbing_percent.csv").read_text()
 

@@ -14,6 +14,7 @@ import oracles
 import pytest
 import torch
 from conftest import put_in_cache, write_tokenizer
+from examination import failures
 from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 
@@ -177,7 +178,7 @@ def test_first_readings_come_back(name):
 @each_wheel
 def test_scores_run_in_small(name, tmp_path):
     # The sizes of the committed outputs. Notebook 03 on these models takes minutes; the sweep below stands for it.
-    assert not run.run(run.plan([name], run.find_notebooks(["02"]), tmp_path, {}, small=True))
+    assert not failures(run.plan([name], run.find_notebooks(["02"]), tmp_path, {}, small=True))
     (summary,) = (json.loads(path.read_text()) for path in tmp_path.glob("*/*/summary.json"))
     assert summary["results"]["top_induction_head"] in list(READINGS[name])[:2]
 

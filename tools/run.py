@@ -377,12 +377,6 @@ def try_loading(model: str) -> None:
 # ---- run ----
 
 
-def run(jobs: list[Job], n_parallel: int = 1) -> dict[str, str]:
-    """Execute all jobs on this machine; returns label -> error of those that failed. Raises what `run_on` does."""
-    outcomes = run_on(ThisMachine(n_parallel), jobs)
-    return {label: outcome.error for label, outcome in outcomes.items() if outcome.error}
-
-
 def run_on(machine: "ThisMachine | Cluster", jobs: list[Job]) -> dict[str, Outcome]:
     """Execute all jobs; returns label -> how it ended.
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from examination import failures
 from tiny_series import at_work_in, contents, good, sleeping, write_notebook
 
 from tools import run
@@ -37,7 +38,7 @@ def earlier(tmp_path):
     for name in NAMES:
         write_notebook(tmp_path / "notebooks", name, good(name))
     notebooks, out = run.find_notebooks(folder=tmp_path / "notebooks"), tmp_path / "out"
-    assert not run.run(run.plan(["induction-2l"], notebooks, out, {}), 2)
+    assert not failures(run.plan(["induction-2l"], notebooks, out, {}), 2)
     for name in NAMES:
         write_notebook(tmp_path / "notebooks", name, sleeping(name))
     return contents(out)
@@ -78,6 +79,6 @@ def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, 
 
     for name in NAMES:
         write_notebook(notebooks, name, good(name))
-    assert not run.run(run.plan(["induction-2l"], run.find_notebooks(folder=notebooks), out, {}), 2)
+    assert not failures(run.plan(["induction-2l"], run.find_notebooks(folder=notebooks), out, {}), 2)
     assert not list(out.glob(".staging-*"))
     assert contents(out).keys() >= earlier.keys() and not list(out.rglob("*.failed.ipynb"))

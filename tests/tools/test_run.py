@@ -8,7 +8,7 @@ import sys
 
 import nbformat
 import pytest
-from examination import PATHS
+from examination import PATHS, failures
 from tiny_series import PARAMETERS, contents, good, relative, write_notebook
 
 from helpers import catalog
@@ -26,7 +26,7 @@ def notebooks(tmp_path):
 
 def run_them(notebooks, out, wanted=None, parameters=None, n_parallel=1, models=("induction-2l",)):
     jobs = run.plan(list(models), run.find_notebooks(wanted, notebooks), out, parameters or {})
-    return run.run(jobs, n_parallel)
+    return failures(jobs, n_parallel)
 
 
 def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path, capsys):
@@ -312,7 +312,7 @@ def test_every_seed_has_a_folder_of_its_own(notebooks, tmp_path):
     jobs = run.plan(models, run.find_notebooks(None, notebooks), tmp_path / "out", {}, seeds=[0, 1])
     assert {job.notebook.stem for job in jobs} == {"03_seeded"} and len({job.folder for job in jobs}) == 8
     assert len({job.folder.name for job in jobs} | set(map(catalog.slug, models))) == 12
-    assert not run.run(jobs[:2], 2)
+    assert not failures(jobs[:2], 2)
     for seed in (0, 1):
         stored = (tmp_path / f"out/induction-2l~seed{seed}/03_seeded.ipynb").read_text()
         assert f"seed = {seed}" in stored
