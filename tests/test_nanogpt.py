@@ -118,7 +118,7 @@ def train(model: Gpt, text: str, steps: int) -> float:
     generator, length = torch.Generator().manual_seed(0), model.sizes["block_size"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     for _ in range(steps):
-        starts = torch.randint(len(ids) - length - 1, (32, 1), generator=generator)
+        starts = torch.randint(len(ids) - length - 1, (16, 1), generator=generator)
         batch = ids[starts + torch.arange(length + 1)]
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()

@@ -96,7 +96,8 @@ def test_every_notebook_executes(executed, path):
 @pytest.mark.slow
 def test_papermill_runs_a_notebook_from_another_folder(tmp_path):
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(PATHS[0]), "executed.ipynb"]
-    ended = subprocess.run([*command, "-p", "model_name", "induction-1l"], cwd=tmp_path, capture_output=True, text=True)
+    command += ["-p", "model_name", "induction-1l", "-p", "n_texts", "5", "-p", "batch", "5", "-p", "n_letters", "5"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert (tmp_path / "outputs/induction-1l" / PATHS[0].stem / "summary.json").exists()
 
@@ -157,7 +158,7 @@ def redwoods_layout(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_scrubbing_runs_on_redwoods_layout(tmp_path):
-    model, small = str(redwoods_layout(tmp_path / "redwood")), {"n_texts": "48", "n_chosen": "24", "n_corpus": "60"}
+    model, small = str(redwoods_layout(tmp_path / "redwood")), {"n_texts": "20", "n_chosen": "20", "n_corpus": "60"}
     assert not failures(run.plan([model], run.find_notebooks(["07_causal_scrubbing"]), tmp_path / "out", small))
     redwood = tmp_path / "out" / slug(model) / "07_causal_scrubbing"
     assert "90 / 51 / 79 / 35" in (redwood / "scrubbing_percent.csv").read_text()

@@ -17,6 +17,9 @@ from nbformat import NotebookNode
 from tools.captions import describe
 
 ROOT = Path(__file__).resolve().parents[1]
+# Else glibc gives the memory of large activations back and fetches it anew, block after block: up to a quarter of the
+# seconds of a sweep. The second is the most that it takes.
+MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**28), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def n_cores() -> int:
 
 def kernel_environment(n_parallel: int = 1) -> dict[str, str]:
     """The environment of a kernel: this one, with its share of the cores and this clone's helpers."""
-    environment = dict(os.environ)
+    environment = MEMORY | os.environ
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment["TQDM_DISABLE"] = "1"  # every step of a bar would be kept as output
     environment["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm again, wherever it is imported
