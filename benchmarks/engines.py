@@ -1,7 +1,8 @@
 """This checkout's sweeps beside those of another one, in turns: python benchmarks/engines.py OTHER [--models NAME ...]
 
 OTHER is a git worktree of an earlier commit. Each checkout has a process of its own, both on the same prompts and
-threads. Writes outputs/benchmarks/engines.csv: medians in seconds, their ratio, and the most that a sweep holds.
+threads, in the environment of the runner's kernels. Writes outputs/benchmarks/engines.csv: medians in seconds, their
+ratio, and the most that a sweep holds.
 """
 
 import argparse
@@ -26,8 +27,10 @@ class Engine:
     """A process that imports one checkout and runs what it is told."""
 
     def __init__(self, checkout: Path, model: str):
+        from tools.kernels import MEMORY  # not at the top: the process of the other checkout comes by there too
+
         # An earlier commit converts models into a format of its own.
-        own = {} if checkout == HERE else {"XDG_CACHE_HOME": str(checkout / ".cache")}
+        own = MEMORY if checkout == HERE else MEMORY | {"XDG_CACHE_HOME": str(checkout / ".cache")}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", str(checkout), "--models", model],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own,
