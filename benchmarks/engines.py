@@ -1,4 +1,4 @@
-"""This checkout's sweeps beside those of another one, in turns: python benchmarks/engines.py OTHER [--models NAME ...]
+"""This checkout's sweeps beside those of another one, in turns: python -m benchmarks.engines OTHER [--models NAME ...]
 
 OTHER is a git worktree of an earlier commit. Each checkout has a process of its own, both on the same prompts and
 threads, in the environment of the runner's kernels. Writes outputs/benchmarks/engines.csv: medians in seconds, their
@@ -7,7 +7,6 @@ ratio, and the most that a sweep holds.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from tools.kernels import kernel_environment
 
 HERE = Path(__file__).resolve().parents[1]
 MODELS = ["induction-2l", "pythia-70m", "gpt2", "smollm2-135m", "gemma3-270m"]
@@ -27,13 +28,11 @@ class Engine:
     """A process that imports one checkout and runs what it is told."""
 
     def __init__(self, checkout: Path, model: str):
-        from tools.kernels import MEMORY  # not at the top: the process of the other checkout comes by there too
-
         # An earlier commit converts models into a format of its own.
-        own = MEMORY if checkout == HERE else MEMORY | {"XDG_CACHE_HOME": str(checkout / ".cache")}
+        own = {} if checkout == HERE else {"XDG_CACHE_HOME": str(checkout / ".cache")}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", str(checkout), "--models", model],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kernel_environment() | own,
         )  # fmt: skip
 
     def ask(self, **request):

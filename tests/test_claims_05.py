@@ -52,9 +52,8 @@ def test_05_the_untied_embedding_does_not_read_itself(summary):
 def test_05_a_late_fall_need_not_be_a_head_against_the_answer(summary):
     r = summary("05_logit_lens", "smollm2-135m")
     layer = r["largest_fall_at"].split()[0]
-    assert r["largest_fall_nats"]["high"] < 0 and not [
-        h for h in r["heads_writing_against"] if h.startswith(layer + "H")
-    ]
+    assert r["largest_fall_nats"]["high"] < 0
+    assert not [head for head in r["heads_writing_against"] if head.startswith(layer + "H")]
 
 
 def test_05_the_previous_token_head_works_through_the_induction_heads(summary):

@@ -121,7 +121,6 @@ def state(models: list[str]) -> dict[str, dict[str, str]]:
     versions |= {"python": ".".join(platform.python_version_tuple()[:2])}
     versions |= {"helpers": source_digest("helpers"), "tools": source_digest("tools")}
     digests, missing = {}, {}
-    model_digest.cache_clear()  # a worker outlives the files that it has seen
     for model in models:
         try:
             digests[model] = model_digest(model)

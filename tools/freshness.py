@@ -51,7 +51,6 @@ def source_digest(package: str) -> str:
     return _of_files([*(ROOT / package).glob("*.py"), *(ROOT / package).glob("*.json")])
 
 
-@lru_cache
 def model_digest(name: str) -> str:
     """The digest of a model's weights, configuration and tokenizer, wherever they lie.
 
@@ -72,9 +71,16 @@ def model_digest(name: str) -> str:
 def _of_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(set(paths)):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        found = path.stat()
+        digest.update(path.name.encode() + _of_file(path, found.st_size, found.st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _of_file(path: Path, size: int, changed_ns: int) -> bytes:
+    """The digest of a file, read once for as long as it stays the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _of_values(values) -> str:

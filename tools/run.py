@@ -514,7 +514,7 @@ def _how_it_ended(job: Job, outcome: Outcome, seconds: float) -> str:
 def _keep(job: Job, outcome: Outcome, made_from: dict[str, str], workplace: Path, staging: Path) -> None:
     """Move what a job made into place; of a failed one only the notebook, under another name."""
     failed, target = job.folder / f"{job.notebook.stem}.failed.ipynb", job.place
-    if outcome.not_applicable:  # and so does nothing that was made before, from something else
+    if outcome.not_applicable:  # what an earlier run made, from something else, must not stand for this one
         _set_aside(job, staging)
         for left in (failed, job.folder / job.notebook.name):
             left.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.attention import induction_score, previous_token_score, score_heads
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, checkpoints
 from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
@@ -466,12 +466,14 @@ def ship(name: str, folder: Path) -> None:
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         write_atomically(target / file, lambda p, file=file: shutil.copyfile(folder / file, p))
     write_text(target / "CARD.md", model_card(name, json.loads((folder / "config.json").read_text()), log))
-    for left in (target / "checkpoints").glob("*.safetensors"):  # of an earlier training
-        left.unlink()
+    earlier = set(checkpoints(name).values())
     for step in steps_to_ship(log) if name == DEFAULT_MODEL else []:
         state = load_file(folder / f"checkpoints/step{step}.safetensors")
         packed = quantise({key: value.float() for key, value in state.items()})
-        write_atomically(target / f"checkpoints/step{step}.safetensors", lambda p, s=packed: save_file(s, p))
+        place = target / f"checkpoints/step{step}.safetensors"
+        earlier.discard(write_atomically(place, lambda p, s=packed: save_file(s, p)))
+    for left in earlier:  # of another training; only now, so that a killed command leaves some
+        left.unlink()
     write_text(target / "log.json", json.dumps([rounded(reading) for reading in log]) + "\n")
 
 

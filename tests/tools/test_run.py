@@ -225,6 +225,9 @@ def test_a_model_has_the_same_digest_wherever_it_lies(model_folder, tmp_path):
     shutil.copytree(model_folder["gpt2"], tmp_path / "elsewhere")
     digest = freshness.model_digest(str(model_folder["gpt2"]))
     assert digest == freshness.model_digest(str(tmp_path / "elsewhere"))
+    weights = tmp_path / "elsewhere/model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert digest != freshness.model_digest(str(tmp_path / "elsewhere"))
     config = tmp_path / "other/config.json"
     shutil.copytree(model_folder["gpt2"], config.parent)
     config.write_text(config.read_text() + " ")
