@@ -43,7 +43,7 @@ def attribute_heads(
     if recompute:
         slopes = [_slopes(sweep, change, share, "pattern") for share in shares]
         effects += _by_patterns(sweep, z, change, [sum(of_layer) / len(shares) for of_layer in zip(*slopes)])
-    return effects
+    return effects.cpu()
 
 
 def _slopes(sweep, change, share, part, frozen=False) -> list[Tensor]:

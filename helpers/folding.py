@@ -45,17 +45,17 @@ def wrap(model: torch.nn.Module, tokenizer, name: str, device: str) -> Transform
     """
     model, kind, d_vocab = model.to(device).eval(), type(model).__name__, model.config.get_text_config().vocab_size
     tokens = probe(d_vocab).to(device)
-    expected = log_probs(model, tokens)
     if tokenizer is not None:
         _settle_bos(tokenizer, d_vocab)
     try:
+        expected = log_probs(model, tokens)
         # Not `boot_transformers`: that looks for a tokenizer on the hub when there is none.
         bridge = build_bridge_from_module(model, kind, hf_config=model.config, tokenizer=tokenizer, model_name=name)
         is_pattern = re.compile(r"blocks\.\d+\.attn\.hook_pattern").fullmatch
         logits, cache = bridge.run_with_cache(tokens, names_filter=is_pattern)
     except Exception as error:  # its adapters fail in as many ways as there are adapters
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{name}: TransformerLens cannot wrap {kind}: {reason}") from error
+        raise ValueError(f"{name}: TransformerLens cannot wrap and run {kind}: {reason}") from error
     if not (gap := (logits.float().log_softmax(-1) - expected).abs().max().item()) < TOLERANCE:
         raise ValueError(
             f"{name}: in TransformerLens {kind} is another function than in transformers: a log-probability differs "

@@ -5,11 +5,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 # What torch.compile, DataParallel and PEFT put before the names of a model's weights.
 PREFIXES = r"^((_orig_mod|module|base_model\.model)\.)+"
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention", "hybrid")
 CODE = "asks for code of its own (auto_map), which is never run; where transformers knows the model, remove the entry"
 
 
@@ -19,29 +18,21 @@ def read_json(file: Path) -> dict:
     Raises:
         ValueError: the file is damaged, only a git-lfs pointer, or wants code of its own to be run.
     """
-    refuse_damaged(file)
+    refuse_pointer(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; fetch the file again")
+        content = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} holds no JSON object ({error}); fetch the file again") from error
     if "auto_map" in content:
         raise ValueError(f"{file} {CODE}")
     return content
 
 
-def refuse_damaged(file: Path) -> None:
-    """Raise a ValueError where git-lfs left a note instead of the file, or safetensors are not whole."""
+def refuse_pointer(file: Path) -> None:
+    """Raise a ValueError where git-lfs left a note instead of the file."""
     with file.open("rb") as start:
         if start.read(23) == b"version https://git-lfs":
             raise ValueError(f"{file} is a git-lfs pointer, not the file itself; type `git lfs pull` in its folder")
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or not whole ({error}); fetch the file again") from error
 
 
 def read_hugging_face(folder: Path) -> torch.nn.Module:
@@ -52,9 +43,9 @@ def read_hugging_face(folder: Path) -> torch.nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    _refuse_other_kinds(folder)
+    read_json(folder / "config.json")
     for file in (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")):
-        refuse_damaged(file)
+        refuse_pointer(file)
     return whole(AutoModelForCausalLM, folder, folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -74,8 +65,10 @@ def whole(kind: type, source: Path, *args, **options) -> torch.nn.Module:
             f"{source}: its pytorch_model.bin holds more than tensors, or is damaged, and a pickle can run code, "
             "so it is not opened; save the model as safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{source}: its weights are damaged or not whole ({error}); fetch the files again") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source}: transformers cannot load it: {str(error).splitlines()[0][:300]}") from error
     wrong = []
     for how, what in (("missing", "missing"), ("unexpected", "unexpected"), ("mismatched", "of another shape")):
         keys = sorted(key[0] if isinstance(key, tuple) else key for key in found[f"{how}_keys"])
@@ -85,33 +78,11 @@ def whole(kind: type, source: Path, *args, **options) -> torch.nn.Module:
     return model
 
 
-def _refuse_other_kinds(folder: Path) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
-
-    kind = read_json(folder / "config.json").get("model_type")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: transformers cannot read its configuration (model_type {kind!r})") from error
-    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    others = [layer for layer in layers if layer not in ATTENTION]
-    reasons = {
-        "an encoder-decoder": config.is_encoder_decoder,
-        "an encoder": type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False),
-        "not a causal language model": type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING,
-        "which has no attention heads": getattr(config.get_text_config(), "num_attention_heads", None) is None,
-        f"whose layers are in part without attention ({', '.join(others[:1])})": others,
-    }
-    for reason in [reason for reason, holds in reasons.items() if holds]:
-        raise ValueError(f"{folder} is a {kind} model, {reason}; the series is about decoders with attention")
-
-
 def read_tokenizer(folder: Path):
     """The tokenizer of a folder in Hugging Face format, or None where there is none; refuses as `read_json` does."""
     from transformers import AutoTokenizer
 
-    if not any(folder.glob("tokenizer*.json")):
-        return None
-    for file in folder.glob("tokenizer*.json"):
+    files = [*folder.glob("tokenizer*.json")]
+    for file in files:
         read_json(file)
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False) if files else None

@@ -1,6 +1,6 @@
 """Edits whose effect on a metric is measured for every head, position or edge: ablations and patches.
 
-Effects are edited minus unedited metric, one for each prompt. All of them run on the one engine of
+Effects are edited minus unedited metric, one for each prompt, on the CPU. All of them run on the one engine of
 `helpers.sweep`, and equal running the whole model once for each edit. All raise ValueError, before any work,
 where the batch is empty or too long, or a head, a position or the kind of edit does not exist; and where
 logits are nan.
@@ -235,7 +235,7 @@ def _together(sweep, sets, replacements):
         return rows
 
     effects = sweep.effects((cfg.n_layers - 1, len(c), partial(edit, start, c)) for start, c in enumerate(by_layer))
-    return effects[:, torch.cat(by_layer).argsort()]
+    return effects[:, torch.cat(by_layer).argsort().cpu()]
 
 
 def _resolve(position, tokens, metric):

@@ -63,7 +63,7 @@ def mean_loss(tokens: Tokens, first: int = 1) -> Metric:
 
 
 def evaluate(model: TransformerBridge, tokens: Tokens, metric: Metric, chunk: int = 8) -> Float[Tensor, "prompt"]:
-    """The metric of the unedited model."""
+    """The metric of the unedited model, on the CPU as all that is measured."""
     read = positions_read(model, tokens, metric)
     read_only = ("unembed.hook_in", lambda resid, hook: resid[:, read])  # with a large vocabulary most of the time
 
@@ -71,7 +71,8 @@ def evaluate(model: TransformerBridge, tokens: Tokens, metric: Metric, chunk: in
         return metric.of(model.run_with_hooks(tokens[rows], fwd_hooks=[read_only]), rows)
 
     with torch.no_grad():
-        return torch.cat([measured(rows) for rows in torch.arange(len(tokens), device=tokens.device).split(chunk)])
+        rows = torch.arange(len(tokens), device=tokens.device).split(chunk)
+        return torch.cat([measured(part) for part in rows]).cpu()
 
 
 class NoGap(ValueError):
@@ -84,7 +85,7 @@ def recovery(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]
     Raises:
         NoGap: the 95 % interval of the mean gap contains zero.
     """
-    mean, low, high = map(float, bootstrap_interval(gap.cpu().numpy()))
+    mean, low, high = map(float, bootstrap_interval(gap.numpy()))
     if low <= 0 <= high:
         raise NoGap(
             f"clean and corrupted metrics differ by {mean:.2g} [{low:.2g}, {high:.2g}], an interval that contains "

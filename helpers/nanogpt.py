@@ -1,7 +1,7 @@
 """Models trained with nanoGPT: `ckpt.pt` becomes a GPT-2 of the transformers library, in memory.
 
-The layout is that of https://github.com/karpathy/nanoGPT, `train.py` and `model.py`. Only tensors
-and plain values are read: neither the checkpoint nor `meta.pkl` is ever unpickled as code.
+The layout is that of https://github.com/karpathy/nanoGPT, `train.py` and `model.py`. Only tensors and plain values
+of a checkpoint are read, and `meta.pkl` never: a pickle can run code.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers.catalog import ModelUnavailable, hub_folder
-from helpers.hugging_face import read_json, refuse_damaged, whole
+from helpers.hugging_face import refuse_pointer, whole
 
 GPT2_VOCABULARY = 50257  # a checkpoint may have more rows: nanoGPT pads them to a multiple of 64
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
@@ -27,7 +27,7 @@ def read_nanogpt(path: Path) -> tuple:
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    refuse_damaged(path)
+    refuse_pointer(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in as many ways as there are bytes
@@ -66,43 +66,31 @@ def _build(path: Path, sizes: dict, state: dict[str, Tensor]):
 
 
 def find_characters(path: Path, dataset: str, n: int) -> list[str]:
-    """The n characters in the order of their ids.
+    """The n characters in the order of their ids, from the text trained on.
 
-    Looked for beside the checkpoint, then in `data/<dataset>` as nanoGPT has it: `meta.json`, nanoGPT's
-    `stoi` as an object; or `input.txt`, the text trained on.
+    It is looked for as `input.txt` beside the checkpoint, and in `data/<dataset>`, where nanoGPT puts it.
 
     Raises:
-        ValueError: the file found is damaged or has another number of characters.
-        ModelUnavailable: there is no such file; says what to do when there is only `meta.pkl`.
+        ValueError: the text has another number of different characters.
+        ModelUnavailable: there is no such file.
     """
     folders = [path.parent, *(up / "data" / dataset for up in path.resolve().parents[:3] if dataset)]
-    for file in (folder / name for folder in folders for name in ("meta.json", "input.txt")):
-        if file.is_file():
-            ids = read_json(file) if file.suffix == ".json" else {c: ord(c) for c in file.read_text(encoding="utf-8")}
-            characters = sorted(ids, key=ids.get)
-            if len(characters) != n:
-                raise ValueError(f"{file} has {len(characters)} different characters, the checkpoint {n}")
-            return characters
-    wanted = f"put the text it was trained on, as input.txt, beside {path.name}"
-    for pickled in (folder / "meta.pkl" for folder in folders if (folder / "meta.pkl").is_file()):
+    texts = [folder / "input.txt" for folder in folders if (folder / "input.txt").is_file()]
+    if not texts:
         raise ModelUnavailable(
-            f"{path}: its characters are only in {pickled}, and a pickle can run code, so it is not opened; {wanted}, "
-            f"""or, if you made the pickle yourself, type `python -c "import json, pickle; json.dump(pickle.load("""
-            f"""open('{pickled}', 'rb'))['stoi'], open('{path.parent / "meta.json"}', 'w'))"`"""
+            f"{path}: which character has which id is not known; put the text it was trained on, as input.txt, "
+            f"beside {path.name}"
         )
-    raise ModelUnavailable(f"{path}: which character has which id is not known; {wanted}")
+    characters = sorted(set(texts[0].read_text(encoding="utf-8")))
+    if len(characters) != n:
+        raise ValueError(f"{texts[0]} has {len(characters)} different characters, the checkpoint {n}")
+    return characters
 
 
 def character_tokenizer(characters: list[str]):
-    """One token a character; a character outside the list is left out. BOS is the newline, else the first.
-
-    Raises:
-        ValueError: an entry is not one character.
-    """
+    """One token a character; a character outside the list is left out. BOS is the newline, else the first."""
     from tokenizers import Tokenizer, decoders, models
 
-    if wrong := [c for c in characters if len(c) != 1]:
-        raise ValueError(f"not a list of single characters: {wrong[:5]}")
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     tokenizer.decoder = decoders.Fuse()
     return shipped_tokenizer("\n" if "\n" in characters else characters[0], tokenizer_object=tokenizer)

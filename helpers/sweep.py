@@ -226,7 +226,7 @@ class Sweep:
     def effects(self, edits: Iterable[tuple[int, int, Callable]]) -> Float[Tensor, "prompt item"]:
         """Edited minus unedited metric for every item of every (layer, number of items, edit).
 
-        `edit(items)` gives the rows that leave the edited block.
+        `edit(items)` gives the rows that leave the edited block. What is measured comes back on the CPU.
         """
         values, size = [self.baseline[:0]], self._items_at_once()
         for layer, n_items, edit in edits:
@@ -236,7 +236,7 @@ class Sweep:
                 for above in range(layer + 1, len(self.blocks)):
                     rows = self.through(above, rows)
                 values.append(self.metric.of(self.logits(rows[:, self.read]), times(self.prompts, len(part))))
-        return torch.cat(values).view(-1, self.n).T - self.baseline[:, None]
+        return (torch.cat(values).view(-1, self.n).T - self.baseline[:, None]).cpu()
 
     def _items_at_once(self) -> int:
         """As many as make ENOUGH activations, and ENOUGH logits or half of those of a plain run."""

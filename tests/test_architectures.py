@@ -9,9 +9,9 @@ from tools import architectures, check
 
 PAGE = Path(__file__).resolve().parents[1] / "outputs/architectures.md"
 REFUSED = {
-    "bert": "an encoder", "t5": "an encoder-decoder", "mamba": "no attention heads", "rwkv": "no attention heads",
-    "jamba": "in part without attention", "qwen3_next": "in part without attention",
-    "recurrent_gemma": "in part without attention",
+    "bert": "sees later tokens", "t5": "AutoModelForCausalLM", "mamba": "no attention pattern",
+    "rwkv": "no attention pattern", "jamba": "cannot wrap and run", "qwen3_next": "cannot wrap and run",
+    "recurrent_gemma": "cannot wrap and run",
 }  # fmt: skip
 QUICK = ("gpt2", "llama", "gemma3_text", "bloom", "gpt_oss")
 findings = cache(architectures.findings)

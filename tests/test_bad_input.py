@@ -142,7 +142,7 @@ BROKEN = {
     "a pointer of git-lfs": (
         lambda p: written(gpt2(p) / "model.safetensors", POINTER).parent, ["model.safetensors", "git lfs pull"],
     ),
-    "truncated weights": (lambda p: truncated(gpt2(p) / "model.safetensors").parent, ["model.safetensors"]),
+    "truncated weights": (lambda p: truncated(gpt2(p) / "model.safetensors").parent, ["damaged or not whole"]),
     "shipped weights that were changed": (
         lambda p: truncated(shipped_copy(p) / "model.safetensors").parent, ["model.safetensors", "damaged"],
     ),
@@ -174,10 +174,10 @@ BROKEN = {
         lambda p: written(gpt2(p) / "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "own.Own"}}').parent,
         ["tokenizer_config.json", "code"],
     ),
-    "an encoder": (encoder, ["bert", "an encoder", "about decoders"]),
-    "an encoder and a decoder": (encoder_decoder, ["t5", "an encoder-decoder", "about decoders"]),
-    "a state-space model": (state_space, ["mamba", "no attention heads", "about decoders"]),
-    "a model of images": (image_model, ["vit", "not a causal language model"]),
+    "an encoder": (encoder, ["missing: cls.predictions"]),
+    "an encoder and a decoder": (encoder_decoder, ["T5Config", "AutoModelForCausalLM"]),
+    "a state-space model": (state_space, ["2 of 2 layers of mamba", "no attention pattern"]),
+    "a model of images": (image_model, ["ViTConfig", "AutoModelForCausalLM"]),
     "an unknown architecture": (lambda p: reconfigured(p, model_type="nobody", architectures=["Nobody"]), ["nobody"]),
     "a checkpoint that is a pickle": (
         lambda p: written(p / "ckpt.pt", pickle.dumps(Bomb())), ["ckpt.pt"],
