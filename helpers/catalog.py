@@ -148,20 +148,20 @@ def hub_folder(name: str, repo: str, files: tuple[str, ...], revision: str | Non
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    def fetch(pattern, **options):
-        wanted = [*TEXT_FILES, pattern]
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, **options))
-        return folder if any(folder.rglob(pattern)) else None
+    def fetch(local: bool) -> Path | None:
+        for pattern in files:
+            wanted = [*TEXT_FILES, pattern]
+            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=local))
+            if any(folder.rglob(pattern)):
+                return folder
 
     try:
-        for pattern in files:
-            with suppress(errors.LocalEntryNotFoundError):
-                if folder := fetch(pattern, local_files_only=True):
-                    return folder
-        HfApi().repo_info(repo, revision=revision, timeout=HUB_TIMEOUT)  # fails soon where there is no network
-        for pattern in files:
-            if folder := fetch(pattern):
+        with suppress(errors.LocalEntryNotFoundError):
+            if folder := fetch(local=True):
                 return folder
+        HfApi().repo_info(repo, revision=revision, timeout=HUB_TIMEOUT)  # fails soon where there is no network
+        if folder := fetch(local=False):
+            return folder
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         reason, at = " ".join(str(error).split()), f" at revision {revision!r}" if revision else ""
         raise ModelUnavailable(
