@@ -114,6 +114,13 @@ def test_where_to_add_things_is_true():
     assert all("def add_arguments(" in path.read_text() for path in commands if path.name != "__main__.py")
 
 
+def test_all_badges_and_installations_name_the_address_of_pyproject():
+    places = ("notebooks/*.ipynb", "workshop/student/*.ipynb", "outputs/*/*.ipynb")
+    text = README + "".join(path.read_text(encoding="utf-8") for place in places for path in ROOT.glob(place))
+    found = re.findall(r"(?:research\.google\.com/github|git\+https://github\.com)/([\w.-]+/[\w.-]*\w)", text)
+    assert {f"https://github.com/{name}" for name in found} == {PROJECT["urls"]["Repository"]}
+
+
 def test_the_badge_of_a_notebook_opens_its_student_edition():
     for name in NOTEBOOKS:
         assert f"/blob/main/workshop/student/{name})" in read_notebook(ROOT / "notebooks" / name).cells[0].source, name

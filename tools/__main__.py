@@ -17,7 +17,6 @@ COMMANDS = {
     "site": "build a static site with a search from the executed notebooks",
     "train": "train an embedded model from its recipe",
     "convert": "turn weights of another format into a folder that can be loaded",
-    "address": "change the address of the repository wherever it stands",
 }
 
 
