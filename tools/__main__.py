@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ModelUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; type `pip install -r requirements.txt`", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; earlier results are untouched", file=sys.stderr)
         return 130
