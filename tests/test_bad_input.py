@@ -273,7 +273,6 @@ COMMANDS = {
     "report --outputs nothing": (2, ["run --model"]),
     "report --model other": (2, ["no outputs of other"]),
     "report --outputs broken": (2, ["summary.json", "damaged"]),
-    "editions --out file": (2, ["file", "folder"]),
     "site --out mine": (2, ["mine", "is not a site"]),
     "site --outputs nothing": (2, ["make run"]),
     "site --outputs file": (2, ["make run"]),

@@ -2,15 +2,16 @@
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+from nbformat import NotebookNode
 
 from helpers.catalog import slug
 from helpers.results import write_atomically, write_text
-from tools.captions import captions
 
 SCORES, WEIGHTS = "attention_visualization", "circuit_weights"
 OWN_PARAMETERS = ("model_name", "output_dir")  # the runner sets these itself; they say nothing of an experiment
@@ -149,13 +150,18 @@ def _report_section(summary: dict, folder: Path) -> list[str]:
             lines += ["", f"`{table}`{some}", "", *markdown_table(rows.head(10))]
     texts = _captions(folder.with_suffix(".ipynb"))
     for figure in sorted((folder / "figures").glob("*.png")):
-        text = texts.get(figure.stem, figure.stem.replace("_", " ")).translate(str.maketrans("[]", "()"))
+        text = f"{figure.stem.replace('_', ' ')}: {texts.get(figure.stem, 'figure')}"
         lines += ["", f"![{text}]({name}/figures/{figure.name})"]
     return lines
 
 
 def _captions(executed: Path) -> dict[str, str]:
-    return captions(nbformat.read(executed, as_version=4)) if executed.exists() else {}
+    """What every figure shows that an executed notebook keeps, by the figure's name."""
+    if not executed.exists():
+        return {}
+    notebook = nbformat.read(executed, as_version=4)
+    found = zip(notebook.cells, captions(notebook))
+    return {name: text for cell, text in found for name in re.findall(r'\.keep\(\s*"(\w+)"', cell.source)}
 
 
 # ---- several models ----
@@ -385,3 +391,15 @@ def _over_seeds(rows: pd.DataFrame) -> str:
         return as_text({"mean": values[0], "low": rows.low.iloc[0], "high": rows.high.iloc[0]})
     counts = rows.value.map(as_text).value_counts()
     return "; ".join(counts.index if len(values) == 1 else (f"{text} ({n})" for text, n in counts.items()))
+
+
+def captions(notebook: NotebookNode) -> list[str]:
+    """What the figures of each cell show, for readers who cannot see them: kinds, labels, and section."""
+    found, section = [], "the notebook"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            section = (re.findall(r"^#+ (.+)$", cell.source, flags=re.M) or [section])[-1]
+        drawn = re.findall(r'\b(?:plots|diagrams)\.(?!visible)(\w+)\(|, "([^"]+)"(?=[,)])', cell.source)
+        words = dict.fromkeys(kind.replace("_", " ") or label for kind, label in drawn)
+        found.append(f"{', '.join(words) or 'figure'}. Section: {section}")
+    return found
