@@ -271,7 +271,6 @@ COMMANDS = {
     "run --notebooks 1 01 01_good 02": (1, ["02_fails on induction-2l failed at cell 3: ZeroDivisionError", "1 of 2"]),
     "run --notebooks 03": (1, ["03_dies on induction-2l failed at DeadKernelError", "0 of 1"]),
     "report --outputs nothing": (2, ["run --model"]),
-    "report --model other": (2, ["no outputs of other"]),
     "report --outputs broken": (2, ["summary.json", "damaged"]),
     "site --out mine": (2, ["mine", "is not a site"]),
     "site --outputs nothing": (2, ["make run"]),
