@@ -98,16 +98,6 @@ def test_the_editions_and_the_page_are_written(tmp_path):
     assert "| 01 | Add | easy | 5 minutes |" in page and "[01](student/01_one.ipynb)" in page
 
 
-def test_the_handout_is_one_page(tmp_path, browser):
-    editions.write_handout(tmp_path)
-    text = (tmp_path / "handout.html").read_text()
-    assert "http" not in text and 'alt="The induction circuit' in text
-    page = browser.new_page()
-    page.goto((tmp_path / "handout.html").as_uri())
-    assert page.locator("img").evaluate("picture => picture.naturalWidth")
-    assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(prefer_css_page_size=True))) == 1
-
-
 @pytest.mark.slow
 def test_wrong_answers_are_refused_solutions_pass_and_stubs_wait(executed, path):
     folder, errors = executed(path)

@@ -1,4 +1,4 @@
-"""The site in a real browser: every page and view, with no request leaving the machine."""
+"""The site in a real browser: every page and view, with no request leaving the machine; the handout on one page."""
 
 import io
 import re
@@ -11,7 +11,7 @@ import pytest
 from browsing import check_heads, induction_head
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools import site
+from tools import editions, site
 from tools.__main__ import main
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
@@ -114,6 +114,16 @@ def test_a_word_is_found_without_a_network(visit, exported):
 def test_the_site_fits_on_a_stick_and_its_search_is_small(exported):
     assert sum(path.stat().st_size for path in exported.rglob("*")) < 50e6
     assert (exported / "searchindex.js").stat().st_size < 1e6
+
+
+def test_the_handout_is_one_page(tmp_path, browser):
+    editions.write_handout(tmp_path)
+    text = (tmp_path / "handout.html").read_text()
+    assert "http" not in text and 'alt="The induction circuit' in text
+    page = browser.new_page()
+    page.goto((tmp_path / "handout.html").as_uri())
+    assert page.locator("img").evaluate("picture => picture.naturalWidth")
+    assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(prefer_css_page_size=True))) == 1
 
 
 # ---- the command ----
