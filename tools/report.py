@@ -216,7 +216,8 @@ def depth_figure(outputs: Path, models: dict[str, dict]) -> "Figure":
     for axis, (name, summaries) in zip(axes[0], models.items()):
         table = pd.read_csv(outputs / name / SCORES / "induction_scores.csv")
         table["depth"] = table.layer / max(1, table.layer.max())
-        sliding = ~table.layer.isin(summaries[SCORES]["results"]["layout"]["global_layers"])
+        layout = summaries[SCORES]["results"].get("layout", {})  # which the first edition did not record
+        sliding = ~table.layer.isin(layout.get("global_layers", table.layer))
         kinds = [("sliding layers", sliding, "o", 0), ("global layers", ~sliding, "D", 3)]
         for label, mask, marker, colour in kinds if sliding.any() else [(None, ~sliding, "o", 0)]:
             part = table[mask]
