@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tools import readme
+from tools import readme, report
 from tools.run import find_notebooks, read_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,12 +58,12 @@ def committed(tmp_path_factory):
 
 
 def test_measured_numbers_in_readme_are_those_of_the_outputs(committed):
-    _, block = readme.split(README)
-    assert block == readme.measured(committed), "type `python -m tools report --readme`"
+    block = f"{readme.BEGIN}\n{readme.measured(committed)}\n\n{readme.END}"
+    assert block in README, "type `python -m tools report --readme`"
 
 
 def test_readme_has_no_measured_number_outside_its_block():
-    prose = README.replace(readme.split(README)[1], "")
+    prose = README.partition(readme.BEGIN)[0] + README.partition(readme.END)[2]
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", prose, flags=re.S)
     assert set(re.findall(r"\d+\.\d+", prose)) == {"3.11"}  # of Python
 
@@ -100,7 +100,7 @@ def test_readme_has_a_row_and_a_badge_for_every_notebook():
 
 def test_the_minutes_in_readme_are_not_exceeded(committed):
     minutes = dict(re.findall(r"^\| (\d\d) .*\? \| (\d+) \|", README, re.M))
-    seconds = readme.read_summaries(committed / "induction-2l")
+    seconds = report.read_summaries(committed / "induction-2l")
     for notebook in NOTEBOOKS:
         took = seconds[notebook.removesuffix(".ipynb")]["wall_time_s"]
         assert took <= 60 * int(minutes[notebook[:2]]), f"{notebook} took {took} s"
@@ -112,6 +112,13 @@ def test_where_to_add_things_is_true():
     assert re.search(r"^MODELS\b", (ROOT / "helpers/catalog.py").read_text(), re.M)
     commands = [path for path in (ROOT / "tools").glob("*.py") if "def main(" in path.read_text()]
     assert all("def add_arguments(" in path.read_text() for path in commands if path.name != "__main__.py")
+
+
+def test_all_badges_and_installations_name_the_address_of_pyproject():
+    places = ("notebooks/*.ipynb", "workshop/student/*.ipynb", "outputs/*/*.ipynb")
+    text = README + "".join(path.read_text(encoding="utf-8") for place in places for path in ROOT.glob(place))
+    found = re.findall(r"(?:research\.google\.com/github|git\+https://github\.com)/([\w.-]+/[\w.-]*\w)", text)
+    assert {f"https://github.com/{name}" for name in found} == {PROJECT["urls"]["Repository"]}
 
 
 def test_the_badge_of_a_notebook_opens_its_student_edition():

@@ -17,7 +17,6 @@ COMMANDS = {
     "site": "build a static site with a search from the executed notebooks",
     "train": "train an embedded model from its recipe",
     "convert": "turn weights of another format into a folder that can be loaded",
-    "address": "change the address of the repository wherever it stands",
 }
 
 
@@ -39,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         return command.main(parser.parse_args(chosen.arguments))
     except (ValueError, ModelUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; type `pip install -r requirements.txt`", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted; earlier results are untouched", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Editions of the notebooks for a workshop, made from the one source.
+"""Editions of the notebooks for a workshop, made from the one source, the instructor's page and the handout.
 
 The cells of an exercise carry a tag: `solution`, and after it `check`. The student edition has a stub in
 place of each solution, and its checks say "not attempted yet" until the stub is replaced. The text before a
@@ -14,29 +14,37 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
 
-from helpers.results import write_text
-from tools.handout import no_browser, write_handout
+from helpers.results import write_atomically, write_text
 from tools.report import markdown_table
-from tools.run import NOTEBOOKS, find_notebooks, read_notebook
+from tools.run import NOTEBOOKS, ROOT, find_notebooks, read_notebook
 
 NOT_ATTEMPTED, PASSED = "not attempted yet", "check passed"
 GRADES = ("easy", "medium", "research")
 # "**1. Three copies** (easy, 5 minutes)" or "### 1. Three copies (easy, 5 minutes)".
 GRADED = re.compile(rf"\d\. ([^*\n]+?)\.?\*{{0,2}} \(({'|'.join(GRADES)}), ([^)]+)\)")
 EXERCISES = "<!-- exercises -->"  # where the instructor's page gets their table
+HANDOUT = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Induction heads on one page</title><style>
+@page {{ size: A4; margin: 9mm 13mm }}
+body {{ font: 9pt/1.24 system-ui, sans-serif; color: #111; max-width: 184mm; margin: auto }}
+h1 {{ font-size: 16pt; margin: 0 0 1mm }} h2 {{ font-size: 11pt; margin: 2mm 0 1mm }} p {{ margin: 1.2mm 0 }}
+img {{ width: 84%; display: block; margin: 0 auto }} .anchor-link {{ display: none }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ padding: .5mm 1.5mm; border-bottom: 1px solid #bbb; text-align: left; vertical-align: top }}
+</style></head><body>{body}</body></html>
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("workshop"), metavar="DIR", help="default: workshop")
+    """It has none."""
 
 
 def main(arguments: argparse.Namespace) -> int:
-    written = write_editions(arguments.out)
-    print(f"{len(written)} files in {arguments.out}; open {arguments.out}/INSTRUCTOR.md first")
-    if reason := no_browser():
-        print(reason)
+    write_editions(ROOT / "workshop")
+    print("open workshop/INSTRUCTOR.md first, and print workshop/handout.html from a browser")
     return 0
 
 
@@ -44,16 +52,13 @@ def exercises(notebook: NotebookNode) -> list[tuple[int, int]]:
     """The indices of every solution cell and of its check.
 
     Raises:
-        ValueError: the tagged cells do not come in pairs, or a solution defines no function.
+        ValueError: the tagged cells do not come in pairs.
     """
-    tagged = [(i, tag) for i, cell in enumerate(notebook.cells) for tag in _tags(cell) & {"solution", "check"}]
-    solutions, checks = tagged[::2], tagged[1::2]
-    if [tag for _, tag in tagged] != ["solution", "check"] * len(checks):
+    tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+    solutions, checks = ([i for i, those in enumerate(tags) if tag in those] for tag in ("solution", "check"))
+    if sorted(solutions + checks) != [i for pair in zip(solutions, checks) for i in pair]:
         raise ValueError("every cell tagged 'solution' must be followed by one tagged 'check'")
-    for i, _ in solutions:
-        if not _functions(notebook.cells[i].source):
-            raise ValueError(f"the solution in cell {i} defines no function to leave to the student")
-    return [(i, j) for (i, _), (j, _) in zip(solutions, checks)]
+    return list(zip(solutions, checks))
 
 
 def graded(notebook: NotebookNode) -> list[tuple[str, str, str]]:
@@ -71,19 +76,11 @@ def graded(notebook: NotebookNode) -> list[tuple[str, str, str]]:
     return found
 
 
-def _tags(cell) -> set[str]:
-    return set(cell.metadata.get("tags", []))
-
-
-def _functions(source: str) -> list[ast.FunctionDef]:
-    return [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-
-
 def stub(solution: str) -> str:
     """The functions of a solution with nothing in them."""
-    heads = [f"def {node.name}({ast.unparse(node.args)}):" for node in _functions(solution)]
+    functions = [node for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
     body = f'    raise NotImplementedError("{NOT_ATTEMPTED}")  # your code here'
-    return "\n\n".join(f"{head}\n{body}" for head in heads)
+    return "\n\n".join(f"def {node.name}({ast.unparse(node.args)}):\n{body}" for node in functions)
 
 
 def open_check(check: str) -> str:
@@ -104,33 +101,23 @@ def solution_edition(notebook: NotebookNode) -> NotebookNode:
     """The solutions in sight, and checks that say when they pass."""
     edition = copy.deepcopy(notebook)
     for solution, check in exercises(edition):
-        for key in ("jupyter", "cellView"):  # nothing to fold
-            edition.cells[solution].metadata.pop(key, None)
+        edition.cells[solution].metadata = NotebookNode(tags=["solution"])  # and none that folds it
         edition.cells[check].source = open_check(edition.cells[check].source)
     return edition
 
 
-def write_editions(out: Path, folder: Path = NOTEBOOKS) -> list[Path]:
-    """`out/student/`, `out/solutions/`, the instructor's page and the handout; returns what was written.
-
-    Editions of notebooks that are gone are removed.
+def write_editions(out: Path, folder: Path = NOTEBOOKS) -> None:
+    """Write `out/student/`, `out/solutions/`, the instructor's page and the handout.
 
     Raises:
-        ValueError: there are no notebooks, `out` is a file, or a notebook's exercises are malformed.
+        ValueError: there are no notebooks, or a notebook's exercises are malformed.
     """
-    sources = find_notebooks(folder=folder)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder")
-    notebooks = {path.name: read_notebook(path) for path in sources}
-    page = instructors_page(folder, notebooks)
-    written = []
-    for name, edition in (("student", student_edition), ("solutions", solution_edition)):
-        for left in (out / name).glob("[0-9][0-9]_*.ipynb"):
-            if left.name not in notebooks:
-                left.unlink()
-        for file, notebook in notebooks.items():
-            written.append(write_text(out / name / file, nbformat.writes(edition(notebook)) + "\n"))
-    return [*written, write_text(out / "INSTRUCTOR.md", page), *write_handout(out)]
+    notebooks = {path.name: read_notebook(path) for path in find_notebooks(folder=folder)}
+    write_text(out / "INSTRUCTOR.md", instructors_page(folder, notebooks))
+    for file, notebook in notebooks.items():
+        write_text(out / "student" / file, nbformat.writes(student_edition(notebook)) + "\n")
+        write_text(out / "solutions" / file, nbformat.writes(solution_edition(notebook)) + "\n")
+    write_handout(out)
 
 
 def instructors_page(folder: Path, notebooks: dict[str, NotebookNode]) -> str:
@@ -139,3 +126,13 @@ def instructors_page(folder: Path, notebooks: dict[str, NotebookNode]) -> str:
     table = markdown_table(pd.DataFrame(rows, columns=["notebook", "exercise", "grade", "time"]))
     page = (folder / "INSTRUCTOR.md").read_text(encoding="utf-8").replace(EXERCISES, "\n".join(table))
     return re.sub(r"\]\((\d\d_\w+\.ipynb)\)", r"](student/\1)", page)
+
+
+def write_handout(out: Path) -> None:
+    """Write `handout.html`, which is one printed page, and `circuit.png`, its picture."""
+    from helpers.diagrams import circuit_diagram  # which takes seconds to import
+
+    figure = circuit_diagram()
+    write_atomically(out / "circuit.png", lambda path: figure.savefig(path, dpi=200, bbox_inches="tight"))
+    text = (NOTEBOOKS / "HANDOUT.md").read_text(encoding="utf-8")
+    write_text(out / "handout.html", HANDOUT.format(body=markdown2html(text)))

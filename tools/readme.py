@@ -1,18 +1,30 @@
 """The block of measured numbers in README.md: between its two markers nothing is written by hand."""
 
 import json
-import math
 from pathlib import Path
 
 import pandas as pd
 
 from helpers.catalog import DEFAULT_MODEL
 from helpers.results import write_text
-from tools.report import NOTHING, markdown_table, read_summaries, results_of
+from tools.report import NOTHING, PROMPTS, SCORES, compare, markdown_table, whole_models
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- measured: written by `python -m tools report --readme` -->"
 END = "<!-- end of measured -->"
+ROWS = [
+    ("head with the clearest induction stripe", SCORES, "top_induction_head"),
+    ("its attention on the token to copy", SCORES, "top_induction_score"),
+    ("loss on random tokens (nats)", PROMPTS, "first_copy_loss_nats"),
+    ("the same tokens, second time", PROMPTS, "second_copy_loss_nats"),
+]
+# Of the benchmarks `fresh_clone` and `first_figure`.
+DURATIONS = """
+A fresh clone on {cores} shared cores: {install_minutes:.1f} minutes to install, then {run_minutes:.1f} for `make run`
+and {test_minutes:.1f} for `make test`. From starting a notebook to its first figure: at most {total:.0f} seconds, \
+{imports:.0f} of them imports.
+Real models run with `--small`: fewer and shorter prompts. Seconds of each notebook, imports apart:
+"""
 
 
 def write_readme(outputs: Path, readme: Path = README) -> Path:
@@ -21,78 +33,29 @@ def write_readme(outputs: Path, readme: Path = README) -> Path:
     Raises:
         ValueError: README has lost a marker, or there are no outputs of the shipped model.
     """
-    before, _ = split(text := readme.read_text(encoding="utf-8"))
-    after = text[text.index(END) :]
-    return write_text(readme, f"{before}{BEGIN}\n{measured(outputs)}\n\n{after}")
-
-
-def split(text: str) -> tuple[str, str]:
-    """What stands before the block, and what stands in it.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, found, rest = text.partition(BEGIN + "\n")
-    block, ended, _ = rest.partition("\n\n" + END)
-    if not found or not ended:
+    before, begun, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not begun or not ended:
         raise ValueError(f"README.md has lost a marker; put back the lines {BEGIN!r} and {END!r}")
-    return before, block
+    return write_text(readme, f"{before}{BEGIN}\n{measured(outputs)}\n\n{END}{after}")
 
 
 def measured(outputs: Path) -> str:
-    """The block: what was found on the shipped model, how long it took, and the seconds of every notebook.
+    """The block: what was found on each model, how long a clone takes, and the seconds of every notebook.
 
     Raises:
         ValueError: there are no outputs of the shipped model.
     """
-    models = {path.name: read_summaries(path) for path in sorted(outputs.glob("*/"))}
-    models = {name: summaries for name, summaries in models.items() if summaries}
+    models = whole_models(outputs)
     if DEFAULT_MODEL not in models:
         raise ValueError(f"no outputs of {DEFAULT_MODEL} in {outputs}; type `make run` first")
     models = {DEFAULT_MODEL: models.pop(DEFAULT_MODEL)} | models
-    lines = [*markdown_table(_findings(models)), ""]
-    lines += [*_durations(outputs / "benchmarks"), "", *markdown_table(_seconds(models))]
-    return "\n".join(lines)
-
-
-def _findings(models: dict[str, dict]) -> pd.DataFrame:
-    scores = {name: results_of(summaries, "attention_visualization") for name, summaries in models.items()}
-    losses = {name: results_of(summaries, "prompt_construction") for name, summaries in models.items()}
-    rows = {
-        "head with the clearest induction stripe": [s.get("top_induction_head", NOTHING) for s in scores.values()],
-        "its attention on the token to copy": [_mean(found, "top_induction_score") for found in scores.values()],
-        "loss of an even guess (nats)": [_even_guess(found) for found in scores.values()],
-        "loss on random tokens, first time (nats)": [_mean(found, "first_copy_loss_nats") for found in losses.values()],
-        "the same tokens, second time": [_mean(found, "second_copy_loss_nats") for found in losses.values()],
+    clone = json.loads((outputs / "benchmarks/fresh_clone.json").read_text(encoding="utf-8"))
+    first = json.loads((outputs / "benchmarks/first_figure.json").read_text(encoding="utf-8"))["slowest"]
+    seconds = {
+        name: {notebook[:2]: f"{summary['wall_time_s']:.0f}" for notebook, summary in summaries.items()}
+        for name, summaries in models.items()
     }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(models)).reset_index(names="")
-
-
-def _mean(results: dict, name: str) -> str:
-    return f"{results[name]['mean']:.2f}" if name in results else NOTHING
-
-
-def _even_guess(results: dict) -> str:
-    return f"{math.log(results['layout']['d_vocab']):.2f}" if "layout" in results else NOTHING
-
-
-def _durations(benchmarks: Path) -> list[str]:
-    """Sentences on a fresh clone, and on the first figure."""
-    clone = json.loads((benchmarks / "fresh_clone.json").read_text(encoding="utf-8"))
-    first = json.loads((benchmarks / "first_figure.json").read_text(encoding="utf-8"))["slowest"]
-    return [
-        f"A fresh clone on {clone['cores']} shared cores: {clone['install_minutes']:.1f} minutes to install, then "
-        f"{clone['run_minutes']:.1f} for `make run`",
-        f"and {clone['test_minutes']:.1f} for `make test`. From starting a notebook to its first figure: at most "
-        f"{first['total']:.0f} seconds, {first['imports']:.0f} of them imports.",
-        "Real models run with `--small`: fewer and shorter prompts. Seconds of each notebook, imports apart:",
-    ]
-
-
-def _seconds(models: dict[str, dict]) -> pd.DataFrame:
-    numbers = sorted({notebook[:2] for summaries in models.values() for notebook in summaries})
-    rows = []
-    for name, summaries in models.items():
-        times = {notebook[:2]: f"{summary['wall_time_s']:.0f}" for notebook, summary in summaries.items()}
-        rows.append([name, *(times.get(number, NOTHING) for number in numbers)])
-    return pd.DataFrame(rows, columns=["model", *numbers])
+    table = pd.DataFrame.from_dict(seconds, orient="index").sort_index(axis="columns").fillna(NOTHING)
+    lines = [*markdown_table(compare(models, ROWS)), DURATIONS.format(**clone, **first)]
+    return "\n".join([*lines, *markdown_table(table.reset_index(names="model"))])

@@ -1,49 +1,53 @@
-"""Pages made from summaries and tables alone: the report of one model, and the atlas that compares several."""
+"""Pages made from summaries and tables alone: the report of a model, the atlas over models, and runs along training."""
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+from nbformat import NotebookNode
 
-from helpers.catalog import slug
 from helpers.results import write_atomically, write_text
-from tools.captions import captions
 
-SCORES, WEIGHTS = "attention_visualization", "circuit_weights"
+PROMPTS, SCORES, ABLATION, PATCHING = (
+    "01_prompt_construction", "02_attention_visualization", "03_head_ablation", "04_activation_patching",
+)  # fmt: skip
+LENS, PATHS, WILD = "05_logit_lens", "06_path_analysis", "10_in_the_wild"
 OWN_PARAMETERS = ("model_name", "output_dir")  # the runner sets these itself; they say nothing of an experiment
+NOTHING = "–"
 
-# What a row shows: (text, name of the notebook without its number, names of the recorded results, joined by a space).
-# A row that no model has is left out.
+# What a row of the atlas shows: (text, notebook, names of its recorded results).
 ROWS = [
-    ("loss on the second copy (nats)", "prompt_construction", ("second_copy_loss_nats",)),
-    ("gain from the order of the first copy (nats)", "prompt_construction", ("gain_from_order_nats",)),
-    ("head with the clearest induction stripe, and its score", SCORES, ("top_induction_head", "top_induction_score")),
-    ("heads with an induction score above 0.3", SCORES, ("heads_above_0_3",)),
-    ("strongest previous-token head and its score", SCORES, ("top_previous_token_head", "top_previous_token_score")),
-    ("the same head on text: attention where it matches", SCORES, ("prefix_matching_of_top_head",)),
-    ("and at places that match in another text", SCORES, ("prefix_matching_baseline_of_top_head",)),
-    ("head whose removal loses most copying (nats)", "head_ablation", ("top_head", "top_copying_lost_nats")),
-    ("heads whose removal raises the loss, of all", "head_ablation", ("heads_positive_beyond_interval", "heads_total")),
-    ("induction heads: attend and matter", "head_ablation", ("induction_heads",)),
-    ("attend, effect not shown", "head_ablation", ("attend_effect_not_shown",)),
-    ("heads that patching picks at the last position", "activation_patching", ("heads_picked_by_patching",)),
-    ("what they recover together", "activation_patching", ("recovery_of_picked_heads_together",)),
-    ("stop where the answer usually first wins", "logit_lens", ("usual_first_win",)),
-    ("answer's probability at the end", "logit_lens", ("probability_at_the_end",)),
-    ("what induction heads write of the logit difference", "logit_lens", ("induction_heads_write",)),
-    ("strongest edge into an induction head's key", "path_analysis", ("strongest_key_edge",)),
-    ("heads that make the circuit", "path_analysis", ("circuit_heads",)),
-    ("loss recovered when only they are kept", "path_analysis", ("circuit_kept",)),
-    ("harm to repeats in text without induction heads (nats)", "in_the_wild", ("harm_on_repeats_nats",)),
-    ("share of the gain from context lost with them", "in_the_wild", ("share_of_gain_lost: induction heads",)),
+    ("layers, heads, and layers that see everything", SCORES, "layout"),
+    ("loss on the second copy (nats)", PROMPTS, "second_copy_loss_nats"),
+    ("gain from the order of the first copy (nats)", PROMPTS, "gain_from_order_nats"),
+    ("head with the clearest induction stripe, and its score", SCORES, "top_induction_head", "top_induction_score"),
+    ("heads with an induction score above 0.3", SCORES, "heads_above_0_3"),
+    ("of these in layers that see everything", SCORES, "heads_above_0_3_in_global_layers"),
+    ("strongest previous-token head and its score", SCORES, "top_previous_token_head", "top_previous_token_score"),
+    ("the same head on text: attention where it matches", SCORES, "prefix_matching_of_top_head"),
+    ("and at places that match in another text", SCORES, "prefix_matching_baseline_of_top_head"),
+    ("head whose removal loses most copying (nats)", ABLATION, "top_head", "top_copying_lost_nats"),
+    ("heads whose removal raises the loss", ABLATION, "heads_positive_beyond_interval"),
+    ("induction heads: attend and matter", ABLATION, "induction_heads"),
+    ("attend, effect not shown", ABLATION, "attend_effect_not_shown"),
+    ("heads that patching picks at the last position", PATCHING, "heads_picked_by_patching"),
+    ("what they recover together", PATCHING, "recovery_of_picked_heads_together"),
+    ("stop where the answer usually first wins", LENS, "usual_first_win"),
+    ("answer's probability at the end", LENS, "probability_at_the_end"),
+    ("what induction heads write of the logit difference", LENS, "induction_heads_write"),
+    ("strongest edge into an induction head's key", PATHS, "strongest_key_edge"),
+    ("heads that make the circuit", PATHS, "circuit_heads"),
+    ("loss recovered when only they are kept", PATHS, "circuit_kept"),
+    ("harm to repeats in text without induction heads (nats)", WILD, "harm_on_repeats_nats"),
+    ("share of the gain from context lost with them", WILD, "share_of_gain_lost: induction heads"),
 ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="all that have outputs by default")
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
     parser.add_argument("--readme", action="store_true", help="put the measured numbers into README.md instead")
 
@@ -52,13 +56,12 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.readme:
         from tools.readme import write_readme
 
-        print(f"see {write_readme(arguments.outputs)}")
-        return 0
-    runs = write_runs(arguments.outputs)
-    if runs is None or arguments.model or whole_models(arguments.outputs):
-        print(f"see {write_atlas(arguments.outputs, arguments.model)}")
-    if runs:
-        print(f"see {runs}, and all numbers in {runs.with_suffix('.csv')}")
+        pages = [write_readme(arguments.outputs)]
+    else:
+        pages = [page for page in (write_atlas(arguments.outputs), write_runs(arguments.outputs)) if page]
+    if not pages:
+        raise ValueError(f"no outputs in {arguments.outputs}; type `python -m tools run --model NAME` first")
+    print(f"see {' and '.join(map(str, pages))}")
     return 0
 
 
@@ -66,26 +69,24 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def read_summaries(model_folder: Path) -> dict[str, dict]:
-    """The summaries of one model's notebooks, by notebook, in order."""
-    return {path.parent.name: _read_json(path) for path in sorted(model_folder.glob("*/summary.json"))}
+    """The summaries of one model's notebooks, by notebook, in order.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    summaries = {}
+    for path in sorted(model_folder.glob("*/summary.json")):
+        try:
+            summaries[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged; run its notebook again ({error})") from None
+    return summaries
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; run its notebook again ({error})") from None
-
-
-def results_of(summaries: dict[str, dict], name: str) -> dict:
-    """What the notebook of a name without its number recorded; empty if it was not run."""
-    found = [summary["results"] for notebook, summary in summaries.items() if notebook.partition("_")[2] == name]
-    return found[0] if found else {}
-
-
-def folder_of(model_folder: Path, name: str) -> Path:
-    """The outputs of the notebook of a name without its number; a folder that is not there if it was not run."""
-    return next(iter(sorted(model_folder.glob(f"[0-9][0-9]_{name}/"))), model_folder / name)
+def whole_models(outputs: Path) -> dict[str, dict]:
+    """The summaries of all models with scores of their heads, without those of one checkpoint or one seed."""
+    found = {path.name: read_summaries(path) for path in sorted(outputs.glob("*/")) if not re.search("@|~", path.name)}
+    return {name: summaries for name, summaries in found.items() if SCORES in summaries}
 
 
 def is_estimate(value) -> bool:
@@ -100,20 +101,28 @@ def as_text(value) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key}: {as_text(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(as_text(item) for item in value)
+        return ", ".join(as_text(item) for item in value) or "none"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def compare(models: dict[str, dict], rows: list[tuple]) -> pd.DataFrame:
+    """A column for each model, by its summaries, and a row as in ROWS where a model has its results."""
+    table = {}
+    for text, notebook, *names in rows:
+        results = [summaries.get(notebook, {}).get("results", {}) for summaries in models.values()]
+        cells = [" ".join(as_text(found[name]) for name in names if name in found) for found in results]
+        if any(cells):
+            table[text] = [cell or NOTHING for cell in cells]
+    return pd.DataFrame.from_dict(table, orient="index", columns=list(models)).reset_index(names="")
 
 
 def markdown_table(rows: pd.DataFrame) -> list[str]:
     """The lines of a table in Markdown; what is missing is an empty cell."""
     header = ["| " + " | ".join(rows.columns) + " |", "|" + "---|" * len(rows.columns)]
     cells = rows.convert_dtypes().astype(object).where(rows.notna(), "")  # counts are whole numbers again
-    return header + ["| " + " | ".join(map(_in_a_cell, row)) + " |" for row in cells.itertuples(index=False)]
-
-
-def _in_a_cell(value) -> str:
     # Names of tokens, as <|endoftext|>, would end a cell or vanish as a tag.
-    return as_text(value).replace("|", "\\|").replace("<", "&lt;")
+    cells = cells.map(lambda value: as_text(value).replace("|", "\\|").replace("<", "&lt;"))
+    return header + ["| " + " | ".join(row) + " |" for row in cells.itertuples(index=False)]
 
 
 # ---- one model ----
@@ -121,7 +130,7 @@ def _in_a_cell(value) -> str:
 
 def write_report(model_folder: Path) -> Path | None:
     """Gather the summaries of one model's notebooks into `report.md`, with tables and figures."""
-    summaries = list(read_summaries(model_folder).values())
+    summaries = read_summaries(model_folder)
     if not summaries:
         return None
     lines = [f"# {model_folder.name}: what the series found", ""]
@@ -129,14 +138,14 @@ def write_report(model_folder: Path) -> Path | None:
         "Every number below is read from a `summary.json` or a table beside it, and has the name that it has there.",
         "What it means, and what it does not show, is said in its notebook.", "",
     ]  # fmt: skip
-    for summary in summaries:
-        lines += _report_section(summary, model_folder / summary["notebook"])
-    versions = ", ".join(f"{name} {number}" for name, number in summaries[-1]["versions"].items())
+    for name, summary in summaries.items():
+        lines += _report_section(summary, model_folder / name)
+    versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     return write_text(model_folder / "report.md", "\n".join([*lines, "", f"Made with {versions}.", ""]))
 
 
 def _report_section(summary: dict, folder: Path) -> list[str]:
-    name = summary["notebook"]
+    name = folder.name
     parameters = summary.get("parameters", {}).items()
     sizes = ", ".join(f"{key} {as_text(value)}" for key, value in parameters if key not in OWN_PARAMETERS)
     lines = ["", f"## [{name}]({name}.ipynb)", "", *([f"With {sizes}.", ""] if sizes else [])]
@@ -147,58 +156,49 @@ def _report_section(summary: dict, folder: Path) -> list[str]:
         if table != "headline":  # the numbers above once more
             some = f" (first 10 of {len(rows)} rows)" if len(rows) > 10 else ""
             lines += ["", f"`{table}`{some}", "", *markdown_table(rows.head(10))]
-    texts = _captions(folder.with_suffix(".ipynb"))
+    texts = _texts_of_figures(folder.with_suffix(".ipynb"))
     for figure in sorted((folder / "figures").glob("*.png")):
-        text = texts.get(figure.stem, figure.stem.replace("_", " ")).translate(str.maketrans("[]", "()"))
+        text = f"{figure.stem.replace('_', ' ')}: {texts.get(figure.stem, 'figure')}"
         lines += ["", f"![{text}]({name}/figures/{figure.name})"]
     return lines
 
 
-def _captions(executed: Path) -> dict[str, str]:
-    return captions(nbformat.read(executed, as_version=4)) if executed.exists() else {}
+def _texts_of_figures(executed: Path) -> dict[str, str]:
+    if not executed.exists():
+        return {}
+    notebook = nbformat.read(executed, as_version=4)
+    found = zip(notebook.cells, captions(notebook))
+    return {name: text for cell, text in found for name in re.findall(r'\.keep\(\s*"(\w+)"', cell.source)}
+
+
+def captions(notebook: NotebookNode) -> list[str]:
+    """What the figures of each cell show, for readers who cannot see them: kinds, labels, and section."""
+    found, section = [], "the notebook"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            section = (re.findall(r"^#+ (.+)$", cell.source, flags=re.M) or [section])[-1]
+        drawn = re.findall(r'\b(?:plots|diagrams)\.(?!visible)(\w+)\(|, "([^"]+)"(?=[,)])', cell.source)
+        words = dict.fromkeys(kind.replace("_", " ") or label for kind, label in drawn)
+        found.append(f"{', '.join(words) or 'figure'}. Section: {section}")
+    return found
 
 
 # ---- several models ----
 
 
-def write_atlas(outputs: Path, models: list[str] | None = None) -> Path:
-    """Write `atlas.md`, `atlas.csv` and `atlas.png` into the outputs folder; returns the page.
-
-    Raises:
-        ValueError: no model has outputs, or one that was asked for has none.
-    """
-    present = whole_models(outputs)
-    models = models and list(map(_folder_name, models))
-    missing = {name for name in models or [] if not (folder_of(outputs / name, SCORES) / "summary.json").exists()}
-    if missing or not (present or models):
-        names = ", ".join(sorted(missing)) or "any model"
-        raise ValueError(f"no outputs of {names} in {outputs}; type `python -m tools run --model NAME` first")
-    found = {name: read_summaries(outputs / name) for name in models or present}
-    scores = {name: pd.read_csv(folder_of(outputs / name, SCORES) / "induction_scores.csv") for name in found}
-    layouts = {name: _layout(scores[name], results_of(s, SCORES)) for name, s in found.items()}
-    table = _atlas_table(outputs, found, layouts)
+def write_atlas(outputs: Path) -> Path | None:
+    """Write `atlas.md`, `atlas.csv` and `atlas.png` into the outputs folder; None if no model has scores."""
+    models = whole_models(outputs)
+    if not models:
+        return None
+    table = compare(models, ROWS)
     write_atomically(outputs / "atlas.csv", lambda path: table.to_csv(path, index=False))
-    figure = depth_figure(scores, layouts)
+    figure = depth_figure(outputs, models)
     write_atomically(outputs / "atlas.png", lambda path: figure.savefig(path, metadata={"Software": None}))
     lines = ["# Atlas: the same questions, several models", "", _TEXT, "", *markdown_table(table)]
-    lines += ["", "![Induction score of every head by depth](atlas.png)", "", "## How attention is laid out", ""]
-    lines += [f"- {_layout_text(name, layouts[name], results_of(s, SCORES))}" for name, s in found.items()]
-    lines += ["", *(f"[Report of {name}]({name}/report.md)  " for name in found)]
+    lines += ["", "![Induction score of every head by depth](atlas.png)", ""]
+    lines += [f"[Report of {name}]({name}/report.md)  " for name in models]
     return write_text(outputs / "atlas.md", "\n".join([*lines, ""]))
-
-
-def _folder_name(model: str) -> str:
-    """The name of a model's folder; that of one seed's, which names no model, is itself."""
-    try:
-        return slug(model)
-    except ValueError:
-        return model
-
-
-def whole_models(outputs: Path) -> list[str]:
-    """The models with scores of their heads, without those of one checkpoint or one seed."""
-    names = [path.parent.parent.name for path in sorted(outputs.glob(f"*/[0-9][0-9]_{SCORES}/summary.json"))]
-    return [name for name in names if not is_one_of_many(name)]
 
 
 _TEXT = """Made by `python -m tools report` from the summaries and tables of each model; brackets are 95 % intervals.
@@ -206,106 +206,36 @@ Depth 0 is the first layer, 1 the last. A dash: the notebook was not run, or doe
 prompt sets differ between models and are in each summary, so compare which heads and how strong, not the width of
 intervals."""
 
-NOTHING = "–"
 
-
-def _atlas_table(outputs: Path, found: dict[str, dict], layouts: dict[str, dict]) -> pd.DataFrame:
-    rows = {text: [_cell(results_of(s, notebook), keys) for s in found.values()] for text, notebook, keys in ROWS}
-    for kind in ("induction", "previous_token"):
-        text = f"depth of the strongest {kind.replace('_', '-')} head, as a share of all layers"
-        heads = [results_of(s, SCORES).get(f"top_{kind}_head") for s in found.values()]
-        rows[text] = [_depth(head, layouts[name]) for head, name in zip(heads, found)]
-    rows["copying score of the strongest induction head, from its weights"] = [
-        _copying(folder_of(outputs / name, WEIGHTS) / "copying_scores.csv", results_of(s, SCORES))
-        for name, s in found.items()
-    ]
-    rows = {text: row for text, row in rows.items() if set(row) != {NOTHING}}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(found)).reset_index(names="")
-
-
-def _cell(results: dict, keys: tuple[str, ...]) -> str:
-    if not all(key in results for key in keys):
-        return NOTHING
-    joint = " of " if keys[-1].endswith("_total") else " "
-    return joint.join(as_text(results[key]) for key in keys) or "none"
-
-
-def _depth(head: str | None, layout: dict) -> str:
-    if head is None:
-        return NOTHING
-    return as_text(int(head[1:].split("H")[0]) / max(1, layout["n_layers"] - 1))
-
-
-def _copying(table: Path, scores: dict) -> str:
-    if not table.exists():
-        return NOTHING
-    by_head = pd.read_csv(table).set_index("head")
-    column = [name for name in by_head.columns if name in ("copying_score", "copying")]
-    head = scores.get("top_induction_head")
-    return as_text(float(by_head[column[0]][head])) if column and head in by_head.index else NOTHING
-
-
-def _layout(scores: pd.DataFrame, results: dict) -> dict:
-    """Layers, heads, and which layers see everything: as recorded, else as far as the table of scores tells."""
-    n_layers = int(scores.layer.max()) + 1
-    told = {"n_layers": n_layers, "n_heads": int(scores["index"].max()) + 1, "global_layers": list(range(n_layers))}
-    return told | results.get("layout", {})
-
-
-def _layout_text(name: str, layout: dict, results: dict) -> str:
-    """Sliding windows and grouped queries of one model, in a sentence or two, as far as they were recorded."""
-    text = f"**{name}**: {layout['n_layers']} layers of {layout['n_heads']} heads"
-    keys = layout.get("n_key_value_heads", 0)
-    if keys == layout["n_heads"]:
-        text += ", each with keys and values of its own"
-    elif keys:
-        text += f", {layout['n_heads'] // keys} of which share keys and values"
-    text += "."
-    inside, n_global = results.get("heads_above_0_3_in_global_layers"), len(layout["global_layers"])
-    if inside is not None and n_global < layout["n_layers"]:
-        text += f" Of its {results['heads_above_0_3']} heads above 0.3, {inside} sit in the {n_global} global layers."
-    return text
-
-
-def depth_figure(scores: dict[str, pd.DataFrame], layouts: dict[str, dict]) -> "Figure":
+def depth_figure(outputs: Path, models: dict[str, dict]) -> "Figure":
     """Every head's induction score against its depth, one panel a model; layers without a window are marked."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    from helpers import plots
+    from helpers import plots  # which takes seconds to import
 
     plots.use_style()
-    figure, axes = plt.subplots(1, len(scores), figsize=(1.5 + 3.6 * len(scores), 3.8), sharey=True, squeeze=False)
-    for axis, (name, table) in zip(axes[0], scores.items()):
-        layout = layouts[name]
-        depth = table.layer / max(1, layout["n_layers"] - 1)
-        everywhere = table.layer.isin(layout["global_layers"])
-        windows = not everywhere.all()
-        kinds = [(~everywhere, 0, "o", "sliding layers"), (everywhere, 3, "D", "global layers")]
-        for mask, colour, marker, label in kinds if windows else [(everywhere, 0, "o", None)]:
-            part, spread = table[mask], (table.induction_score - table.low, table.high - table.induction_score)
-            axis.errorbar(
-                depth[mask], part.induction_score, yerr=[side[mask] for side in spread], fmt=marker, ms=4,
-                color=plots.PALETTE[colour], lw=1, label=label,
-            )  # fmt: skip
-        for x, (_, row) in zip(depth, table.head(3).iterrows()):
-            spot = (x, row.induction_score)
-            axis.annotate(row["head"], spot, xytext=(-5, 3), textcoords="offset points", ha="right", size=9)
+    figure, axes = plots.subplots(1, len(models), figsize=(1.5 + 3.6 * len(models), 3.8), sharey=True, squeeze=False)
+    for axis, (name, summaries) in zip(axes[0], models.items()):
+        table = pd.read_csv(outputs / name / SCORES / "induction_scores.csv")
+        table["depth"] = table.layer / max(1, table.layer.max())
+        layout = summaries[SCORES]["results"].get("layout", {})  # which the first edition did not record
+        sliding = ~table.layer.isin(layout.get("global_layers", table.layer))
+        kinds = [("sliding layers", sliding, "o", 0), ("global layers", ~sliding, "D", 3)]
+        for label, mask, marker, colour in kinds if sliding.any() else [(None, ~sliding, "o", 0)]:
+            part = table[mask]
+            reach = [part.induction_score - part.low, part.high - part.induction_score]
+            style = {"fmt": marker, "ms": 4, "color": plots.PALETTE[colour], "lw": 1}
+            axis.errorbar(part.depth, part.induction_score, yerr=reach, label=label, **style)
+        for row in table.head(3).itertuples():
+            place = {"xytext": (-5, 3), "textcoords": "offset points", "ha": "right", "size": 9}
+            axis.annotate(row.head, (row.depth, row.induction_score), **place)
         axis.set(title=name, xlabel="depth (share of layers)", xlim=(-0.08, 1.08), ylim=(-0.03, 1.08))
-        if windows:
+        axis.spines[["top", "right"]].set_visible(False)
+        if sliding.any():
             axis.legend(frameon=False, fontsize=9)
     axes[0, 0].set_ylabel("induction score")
-    sns.despine(figure)
-    plt.close(figure)  # it lives on, but nothing shows it unasked
     return figure
 
 
 # ---- one model at many checkpoints, or with many seeds ----
-
-
-def is_one_of_many(folder: str) -> bool:
-    """Whether the outputs in a folder of this name are of one checkpoint or of one seed."""
-    return "@" in folder or "~seed" in folder
 
 
 def read_runs(outputs: Path) -> pd.DataFrame:
@@ -321,7 +251,7 @@ def read_runs(outputs: Path) -> pd.DataFrame:
         same = {"model": model, "checkpoint": checkpoint or "final", "step": step, "seed": seed, "folder": folder.name}
         for notebook, summary in read_summaries(folder).items():
             rows += [same | {"notebook": notebook} | row for row in _numbers(summary["results"])]
-    columns = ["model", "checkpoint", "step", "seed", "folder", "notebook", "quantity", "value", "low", "high"]
+    columns = ["model", "checkpoint", "step", "seed", "folder", "notebook", "quantity", "value", "low", "high", "text"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -329,23 +259,25 @@ def _numbers(results: dict, prefix: str = "") -> list[dict]:
     """The recorded values as rows; those inside a dict are named after both."""
     rows = []
     for key, value in results.items():
+        row = {"quantity": prefix + key, "text": as_text(value)}
         if is_estimate(value):
-            rows.append({"quantity": prefix + key, "value": value["mean"], "low": value["low"], "high": value["high"]})
+            rows.append(row | {"value": value["mean"], "low": value["low"], "high": value["high"]})
         elif isinstance(value, dict):
             rows += _numbers(value, f"{prefix}{key}: ")
         else:
-            rows.append({"quantity": prefix + key, "value": as_text(value) if isinstance(value, list) else value})
+            rows.append(row | {"value": row["text"] if isinstance(value, list) else value})
     return rows
 
 
 def write_runs(outputs: Path) -> Path | None:
     """Write `runs.md` and `runs.csv`: what each notebook found along training and across seeds; None without any."""
     runs = read_runs(outputs)
-    many = runs[runs.folder.map(is_one_of_many)]
+    many = runs[runs.folder.str.contains("@|~")]
     if many.empty:
         return None
     runs = runs[runs.model.isin(many.model) & runs.notebook.isin(many.notebook)]
-    write_atomically(outputs / "runs.csv", lambda path: runs.to_csv(path, index=False, float_format="%.6g"))
+    table = runs.drop(columns="text")
+    write_atomically(outputs / "runs.csv", lambda path: table.to_csv(path, index=False, float_format="%.6g"))
     lines = ["# Along training and across seeds", "", _MANY]
     for (model, notebook), part in runs.groupby(["model", "notebook"]):
         every = runs[runs.model == model].sort_values("step", na_position="last").checkpoint.unique()
@@ -363,25 +295,19 @@ the checkpoint, which cannot do the task yet, or was not run. What is the same e
 def _along_training(part: pd.DataFrame, every: Iterable[str]) -> pd.DataFrame:
     """One row a quantity, one column for `every` checkpoint in the order of training."""
     # A run without a seed of its own says again what the seed by default says.
-    several = part[part.seed != ""].checkpoint.unique()
-    part = part[(part.seed != "") | ~part.checkpoint.isin(several)]
-    columns = {}
-    for checkpoint in every:
-        here = part[part.checkpoint == checkpoint]
-        cells = {quantity: _over_seeds(rows_of) for quantity, rows_of in here.groupby("quantity", sort=False)}
-        columns[checkpoint] = {"seeds": str(here.seed.nunique())} | cells if cells else {}
-    table = pd.DataFrame(columns).rename_axis("quantity").fillna(NOTHING)
-    changes = part.value.map(as_text).groupby(part.quantity).nunique() > 1
-    return table[table.index.map(lambda quantity: changes.get(quantity, True))].reset_index()  # and the row of seeds
+    part = part[(part.seed != "") | (part.groupby("checkpoint").seed.transform("max") == "")]
+    seeds = part.groupby("checkpoint").seed.nunique().astype(str).rename("seeds").to_frame().T
+    changing = part[part.groupby("quantity").text.transform("nunique") > 1]
+    cells = {key: _over_seeds(rows) for key, rows in changing.groupby(["quantity", "checkpoint"], sort=False)}
+    table = pd.concat([seeds, pd.Series(cells, dtype=object).unstack(sort=False)]) if cells else seeds
+    return table.reindex(columns=every).fillna(NOTHING).reset_index(names="quantity")
 
 
 def _over_seeds(rows: pd.DataFrame) -> str:
-    from helpers.stats import estimate
+    from helpers.stats import estimate  # which takes seconds to import
 
-    values = rows.value.tolist()
-    if len(values) > 1 and all(type(value) in (int, float) for value in values):
-        return as_text(estimate([float(value) for value in values]))
-    if len(values) == 1 and pd.notna(rows.low.iloc[0]):
-        return as_text({"mean": values[0], "low": rows.low.iloc[0], "high": rows.high.iloc[0]})
-    counts = rows.value.map(as_text).value_counts()
-    return "; ".join(counts.index if len(values) == 1 else (f"{text} ({n})" for text, n in counts.items()))
+    if len(rows) == 1:
+        return rows.text.iloc[0]
+    if all(type(value) in (int, float) for value in rows.value):
+        return as_text(estimate(rows.value.to_numpy(float)))
+    return "; ".join(f"{text} ({n})" for text, n in rows.text.value_counts().items())

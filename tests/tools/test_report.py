@@ -7,22 +7,26 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from examination import PATHS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tools import readme, report
 from tools.__main__ import main
+from tools.run import read_notebook
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
 SCORE = {"mean": 0.912, "low": 0.9, "high": 0.92, "n": 24}
+LAYOUT = {"n_layers": 2, "n_heads": 2, "n_key_value_heads": 1, "d_vocab": 50, "global_layers": [1]}
 RESULTS = {
     "01_prompt_construction": {"first_copy_loss_nats": SCORE | {"mean": 7.0}, "second_copy_loss_nats": SCORE},
     "02_attention_visualization": {
         "top_induction_head": "L1H0", "top_induction_score": SCORE, "heads_above_0_3": 2,
-        "heads_above_0_3_in_global_layers": 1,
+        "heads_above_0_3_in_global_layers": 1, "layout": LAYOUT,
     },
-    "03_head_ablation": {"top_head": "L0H1", "top_copying_lost_nats": SCORE, "something_new": "told"},
+    "03_head_ablation": {
+        "top_head": "L0H1", "top_copying_lost_nats": SCORE, "something_new": "told", "induction_heads": [],
+    },
 }  # fmt: skip
-LAYOUT = {"n_layers": 2, "n_heads": 2, "n_key_value_heads": 1, "d_vocab": 50, "global_layers": [1]}
 
 
 def write_summary(folder: Path, notebook: str, results: dict) -> None:
@@ -44,22 +48,12 @@ def outputs(tmp_path):
     """The shipped model, and another of which only notebook 02 was run, with windows and shared keys."""
     for notebook, results in RESULTS.items():
         write_summary(tmp_path / "induction-2l", notebook, results)
-    scores = RESULTS["02_attention_visualization"] | {"layout": LAYOUT}
-    write_summary(tmp_path / "a", "02_attention_visualization", scores)
+    write_summary(tmp_path / "a", "02_attention_visualization", RESULTS["02_attention_visualization"])
     (tmp_path / "benchmarks").mkdir()
     clone = {"cores": 2, "install_minutes": 2.6, "run_minutes": 2.4, "test_minutes": 4.9}
     (tmp_path / "benchmarks/fresh_clone.json").write_text(json.dumps(clone))
     (tmp_path / "benchmarks/first_figure.json").write_text('{"slowest": {"total": 6.2, "imports": 4.1}}')
     return tmp_path
-
-
-def test_a_model_is_asked_for_by_its_name_or_by_that_of_its_folder(outputs):
-    (outputs / "a").rename(outputs / "owner--a")
-    for name in ("owner/a", "owner--a"):
-        report.write_atlas(outputs, [name])
-        assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["owner--a"]
-    with pytest.raises(ValueError, match="no outputs of owner--b"):
-        report.write_atlas(outputs, ["owner/b"])
 
 
 def test_the_atlas_is_made_from_the_summaries(outputs):
@@ -68,25 +62,20 @@ def test_the_atlas_is_made_from_the_summaries(outputs):
     assert list(table.columns) == ["a", "induction-2l"]
     row = table.loc["head whose removal loses most copying (nats)"]
     assert row["induction-2l"] == "L0H1 0.912 [0.900, 0.920]" and row["a"] == report.NOTHING
-    assert set(table.loc["depth of the strongest induction head, as a share of all layers"]) == {"1.000"}
-    assert "2 of which share keys" in page and "1 sit in the 1 global layers" in page
-    assert "**induction-2l**: 2 layers of 2 heads." in page  # keys were not recorded, so nothing is said of them
+    assert "n_layers: 2; n_heads: 2; n_key_value_heads: 1" in page
+    assert "| induction heads: attend and matter | – | none |" in page
     assert not any("patching" in text for text in table.index)  # nobody ran it
     assert (outputs / "atlas.png").exists()
 
 
 def test_every_row_of_the_atlas_is_something_that_its_notebook_records():
     summaries = report.read_summaries(OUTPUTS / "induction-2l")
-    for text, notebook, keys in report.ROWS:
-        assert set(keys) <= report.results_of(summaries, notebook).keys(), text
+    for text, notebook, *names in [*report.ROWS, *readme.ROWS]:
+        assert set(names) <= summaries[notebook]["results"].keys(), text
 
 
-def test_models_can_be_chosen_and_missing_ones_are_named(outputs, capsys):
-    assert main(["report", "--outputs", str(outputs), "--model", "a"]) == 0
-    assert list(pd.read_csv(outputs / "atlas.csv", index_col=0).columns) == ["a"]
-    assert main(["report", "--outputs", str(outputs), "--model", "gpt2"]) == 2
-    assert "no outputs of gpt2" in capsys.readouterr().err
-    assert main(["report", "--outputs", str(outputs / "none")]) == 2
+def test_where_nothing_was_run_the_command_says_what_to_type(tmp_path, capsys):
+    assert main(["report", "--outputs", str(tmp_path / "none")]) == 2
     assert "tools run --model" in capsys.readouterr().err
 
 
@@ -94,27 +83,31 @@ def test_a_report_shows_what_was_kept_and_describes_its_figures(outputs):
     folder, name = outputs / "induction-2l", "02_attention_visualization"
     (folder / name / "figures/scores.png").write_bytes(b"")
     (folder / name / "figures/other.png").write_bytes(b"")
-    source = 'results.keep("scores", plots.head_grid(s, "induction score [share]"))'
+    source = 'results.keep("scores", plots.head_grid(s, "induction score"))'
     notebook = new_notebook(cells=[new_markdown_cell("## 1. Every head"), new_code_cell(source)])
     nbformat.write(notebook, folder / f"{name}.ipynb")
     page = report.write_report(folder).read_text()
     assert "| `something_new` | told |" in page and "| `top_induction_score` | 0.912 [0.900, 0.920] |" in page
     assert "With length 9." in page  # the model's name stands at the top
-    assert "![Scores: map of all heads, and the strongest with intervals (induction score (share)). Section: 1." in page
-    assert f"![other]({name}/figures/other.png)" in page
+    assert "![scores: head grid, induction score. Section: 1. Every head]" in page
+    assert f"![other: figure]({name}/figures/other.png)" in page
+
+
+def test_most_figures_of_the_series_are_described_by_more_than_their_section():
+    texts = [text for path in PATHS for text in report.captions(read_notebook(path))]
+    assert sum(not text.startswith("figure. Section") for text in texts) >= 3 * len(PATHS)
 
 
 def test_the_measured_block_holds_what_the_outputs_hold(outputs):
     block = readme.measured(outputs)
-    assert "| its attention on the token to copy | 0.91 | 0.91 |" in block and "| – | 3.91 |" in block  # ln(50)
-    assert "| the same tokens, second time | 0.91 | – |" in block
+    assert "| its attention on the token to copy | 0.912 [0.900, 0.920] | 0.912 [0.900, 0.920] |" in block
+    assert "| the same tokens, second time | 0.912 [0.900, 0.920] | – |" in block
     assert "2.6 minutes to install, then 2.4 for `make run`" in block and "at most 6 seconds, 4 of them" in block
     assert "| induction-2l | 12 | 12 | 12 |" in block and "| a | – | 12 | – |" in block
     page = outputs / "README.md"
     page.write_text(f"# Title\n\n{readme.BEGIN}\nold\n\n{readme.END}\nrest\n")
     readme.write_readme(outputs, page)
-    assert readme.split(page.read_text()) == ("# Title\n\n", block)
-    assert page.read_text().endswith(f"{readme.END}\nrest\n")
+    assert page.read_text() == f"# Title\n\n{readme.BEGIN}\n{block}\n\n{readme.END}\nrest\n"
 
 
 @pytest.fixture
