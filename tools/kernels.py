@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
+from tools.captions import describe
+
 ROOT = Path(__file__).resolve().parents[1]
 # Else glibc gives the memory of large activations back and fetches it anew, block after block: up to a quarter of the
 # seconds of a sweep. The second is the most that it takes.
@@ -112,11 +114,11 @@ async def execute(
     failure = await _run_cells(notebook, folder, environment, on_cell)
     if failure is None:
         warnings = tidy(notebook)
-        return Outcome(warnings=warnings, executed=nbformat.writes(notebook) + "\n")
+        return Outcome(warnings=warnings, executed=nbformat.writes(describe(notebook)) + "\n")
     number, name, message = failure
     if name in ("NotApplicable", "NoGap"):  # of helpers.results, and of helpers.metrics where a model lacks the skill
         return Outcome(not_applicable=message)
-    return Outcome(error=f"cell {number}: {name}: {message}", executed=nbformat.writes(notebook) + "\n")
+    return Outcome(error=f"cell {number}: {name}: {message}", executed=nbformat.writes(describe(notebook)) + "\n")
 
 
 async def _run_cells(

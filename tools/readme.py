@@ -15,6 +15,7 @@ END = "<!-- end of measured -->"
 ROWS = [
     ("head with the clearest induction stripe", SCORES, "top_induction_head"),
     ("its attention on the token to copy", SCORES, "top_induction_score"),
+    ("loss of an even guess (nats)", SCORES, "even_guess_nats"),
     ("loss on random tokens (nats)", PROMPTS, "first_copy_loss_nats"),
     ("the same tokens, second time", PROMPTS, "second_copy_loss_nats"),
 ]

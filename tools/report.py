@@ -2,15 +2,16 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
 import pandas as pd
-from nbformat import NotebookNode
 
 from helpers.results import write_atomically, write_text
+from tools.captions import captions
 
 PROMPTS, SCORES, ABLATION, PATCHING = (
     "01_prompt_construction", "02_attention_visualization", "03_head_ablation", "04_activation_patching",
@@ -21,12 +22,12 @@ NOTHING = "–"
 
 # What a row of the atlas shows: (text, notebook, names of its recorded results).
 ROWS = [
-    ("layers, heads, and layers that see everything", SCORES, "layout"),
+    ("layers and heads", SCORES, "layers_and_heads"),
     ("loss on the second copy (nats)", PROMPTS, "second_copy_loss_nats"),
     ("gain from the order of the first copy (nats)", PROMPTS, "gain_from_order_nats"),
     ("head with the clearest induction stripe, and its score", SCORES, "top_induction_head", "top_induction_score"),
     ("heads with an induction score above 0.3", SCORES, "heads_above_0_3"),
-    ("of these in layers that see everything", SCORES, "heads_above_0_3_in_global_layers"),
+    ("of these in global layers", SCORES, "heads_above_0_3_in_global_layers"),
     ("strongest previous-token head and its score", SCORES, "top_previous_token_head", "top_previous_token_score"),
     ("the same head on text: attention where it matches", SCORES, "prefix_matching_of_top_head"),
     ("and at places that match in another text", SCORES, "prefix_matching_baseline_of_top_head"),
@@ -86,7 +87,18 @@ def read_summaries(model_folder: Path) -> dict[str, dict]:
 def whole_models(outputs: Path) -> dict[str, dict]:
     """The summaries of all models with scores of their heads, without those of one checkpoint or one seed."""
     found = {path.name: read_summaries(path) for path in sorted(outputs.glob("*/")) if not re.search("@|~", path.name)}
-    return {name: summaries for name, summaries in found.items() if SCORES in summaries}
+    models = {name: summaries for name, summaries in found.items() if SCORES in summaries}
+    for results in (summaries[SCORES]["results"] for summaries in models.values()):
+        if "layout" in results:  # which the first edition did not record
+            results["layers_and_heads"] = _in_words(**results["layout"])
+            results["even_guess_nats"] = math.log(results["layout"]["d_vocab"])
+    return models
+
+
+def _in_words(n_layers: int, n_heads: int, n_key_value_heads: int, global_layers: list[int], **_) -> str:
+    windows = f", {len(global_layers)} of the layers global" if len(global_layers) < n_layers else ""
+    shared = f" ({n_key_value_heads} of keys and values)" if n_key_value_heads < n_heads else ""
+    return f"{n_layers} of {n_heads}{shared}{windows}"
 
 
 def is_estimate(value) -> bool:
@@ -156,31 +168,12 @@ def _report_section(summary: dict, folder: Path) -> list[str]:
         if table != "headline":  # the numbers above once more
             some = f" (first 10 of {len(rows)} rows)" if len(rows) > 10 else ""
             lines += ["", f"`{table}`{some}", "", *markdown_table(rows.head(10))]
-    texts = _texts_of_figures(folder.with_suffix(".ipynb"))
+    executed = folder.with_suffix(".ipynb")
+    texts = captions(nbformat.read(executed, as_version=4)) if executed.exists() else {}
     for figure in sorted((folder / "figures").glob("*.png")):
-        text = f"{figure.stem.replace('_', ' ')}: {texts.get(figure.stem, 'figure')}"
+        text = texts.get(figure.stem, figure.stem).translate(str.maketrans("[]", "()"))
         lines += ["", f"![{text}]({name}/figures/{figure.name})"]
     return lines
-
-
-def _texts_of_figures(executed: Path) -> dict[str, str]:
-    if not executed.exists():
-        return {}
-    notebook = nbformat.read(executed, as_version=4)
-    found = zip(notebook.cells, captions(notebook))
-    return {name: text for cell, text in found for name in re.findall(r'\.keep\(\s*"(\w+)"', cell.source)}
-
-
-def captions(notebook: NotebookNode) -> list[str]:
-    """What the figures of each cell show, for readers who cannot see them: kinds, labels, and section."""
-    found, section = [], "the notebook"
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            section = (re.findall(r"^#+ (.+)$", cell.source, flags=re.M) or [section])[-1]
-        drawn = re.findall(r'\b(?:plots|diagrams)\.(?!visible)(\w+)\(|, "([^"]+)"(?=[,)])', cell.source)
-        words = dict.fromkeys(kind.replace("_", " ") or label for kind, label in drawn)
-        found.append(f"{', '.join(words) or 'figure'}. Section: {section}")
-    return found
 
 
 # ---- several models ----

@@ -1,18 +1,19 @@
-"""The site in a real browser: every page and view, with no request leaving the machine; the handout on one page."""
+"""The site in a real browser: every page and view, with no request leaving the machine."""
 
 import io
 import re
-import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import nbformat
 import pytest
 from browsing import check_heads, induction_head
+from examination import PATHS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tools import editions, site
 from tools.__main__ import main
+from tools.run import read_notebook
 
 OUTPUTS = Path(__file__).resolve().parents[2] / "outputs"
 
@@ -111,9 +112,13 @@ def test_a_word_is_found_without_a_network(visit, exported):
     assert not opened.outside() and not opened.errors
 
 
-def test_the_site_fits_on_a_stick_and_its_search_is_small(exported):
-    assert sum(path.stat().st_size for path in exported.rglob("*")) < 50e6
-    assert (exported / "searchindex.js").stat().st_size < 1e6
+def test_what_pages_share_is_stored_once(exported):
+    sizes = {path: path.stat().st_size for path in exported.rglob("*")}
+    assert sum(sizes.values()) < 25e6 and sizes[exported / "searchindex.js"] < 1e6
+    assert max(size for path, size in sizes.items() if path.suffix == ".html") < 3e5
+    text = (exported / "induction-2l/02_attention_visualization.html").read_text(encoding="utf-8")
+    shown = re.findall(r'src="\.\./_images/([^"]+)"', text)
+    assert set(shown) < set(re.findall(r"_images/([^\"]+)", (exported / "induction-2l/report.html").read_text()))
 
 
 def test_the_handout_is_one_page(tmp_path, browser):
@@ -174,19 +179,23 @@ def test_a_site_stays_until_the_next_is_built(outputs, tmp_path, monkeypatch):
     def broken(source, out):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(site, "build", broken)
+    monkeypatch.setattr(site, "_build", broken)
     with pytest.raises(KeyboardInterrupt):
         site.write_site(outputs, tmp_path / "new")
     assert contents.read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "outputs"]
 
 
-def test_a_machine_without_the_builder_is_told_what_to_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "tools.site")
-    monkeypatch.setitem(sys.modules, "myst_nb", None)
-    assert main(["site"]) == 2
-    shown = capsys.readouterr().err
-    assert "myst_nb" in shown and "pip install -r requirements.txt" in shown
+def test_a_machine_without_the_builder_is_told_what_to_install(outputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(site, "find_spec", lambda name: None)
+    assert main(["site", "--outputs", str(outputs), "--out", str(tmp_path / "new")]) == 2
+    assert "pip install myst-nb" in capsys.readouterr().err
+
+
+def test_questions_are_read_from_the_notebooks():
+    questions = [site.question(read_notebook(path)) for path in PATHS]
+    assert len(set(questions)) == len(questions)
+    assert all(20 < len(q) < 160 and q[0].isupper() and q.endswith("?") for q in questions)
 
 
 def test_the_command_refuses_what_it_would_destroy(tmp_path, capsys):
