@@ -9,6 +9,8 @@ import argparse
 import ast
 import copy
 import re
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     write_editions(ROOT / "workshop")
-    print("open workshop/INSTRUCTOR.md first, and print workshop/handout.html from a browser")
+    print("open workshop/INSTRUCTOR.md first, and print workshop/handout.pdf, or handout.html from a browser")
     return 0
 
 
@@ -129,10 +131,22 @@ def instructors_page(folder: Path, notebooks: dict[str, NotebookNode]) -> str:
 
 
 def write_handout(out: Path) -> None:
-    """Write `handout.html`, which is one printed page, and `circuit.png`, its picture."""
-    from helpers.diagrams import circuit_diagram  # which takes seconds to import
+    """Write `handout.html`, `circuit.png`, its picture, and where there is a browser to print it, `handout.pdf`."""
+    from helpers import diagrams, plots  # which take seconds to import
 
-    figure = circuit_diagram()
+    plots.use_style()
+    figure = diagrams.circuit_diagram()
     write_atomically(out / "circuit.png", lambda path: figure.savefig(path, dpi=200, bbox_inches="tight"))
     text = (NOTEBOOKS / "HANDOUT.md").read_text(encoding="utf-8")
-    write_text(out / "handout.html", HANDOUT.format(body=markdown2html(text)))
+    page = write_text(out / "handout.html", HANDOUT.format(body=markdown2html(text))).resolve()
+    if program := browser():
+        printing = [program, "--headless", "--no-sandbox", "--no-pdf-header-footer", page.as_uri()]
+        quiet = {"check": True, "capture_output": True}
+        write_atomically(
+            out.resolve() / "handout.pdf", lambda path: subprocess.run([*printing, f"--print-to-pdf={path}"], **quiet)
+        )
+
+
+def browser() -> str | None:
+    """The program of an installed Chromium or Chrome."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

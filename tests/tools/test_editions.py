@@ -87,7 +87,8 @@ def tiny_series(folder):
     return folder
 
 
-def test_the_editions_and_the_page_are_written(tmp_path):
+def test_the_editions_and_the_page_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(editions, "browser", lambda: None)
     (tmp_path / "notebooks").mkdir()
     out = tmp_path / "w"
     editions.write_editions(out, tiny_series(tmp_path / "notebooks"))
@@ -96,6 +97,15 @@ def test_the_editions_and_the_page_are_written(tmp_path):
     }  # fmt: skip
     page = (out / "INSTRUCTOR.md").read_text()
     assert "| 01 | Add | easy | 5 minutes |" in page and "[01](student/01_one.ipynb)" in page
+
+
+def test_the_handout_is_one_page(tmp_path):
+    if editions.browser() is None:
+        pytest.skip("no Chromium or Chrome on this machine")
+    editions.write_handout(tmp_path)
+    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "handout.pdf").read_bytes())) == 1
+    text = (tmp_path / "handout.html").read_text()
+    assert 'src="circuit.png"' in text and "http" not in text and 'alt="The induction circuit' in text
 
 
 @pytest.mark.slow

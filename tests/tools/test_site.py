@@ -11,7 +11,7 @@ from browsing import check_heads, induction_head
 from examination import PATHS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools import editions, site
+from tools import site
 from tools.__main__ import main
 from tools.run import read_notebook
 
@@ -119,16 +119,6 @@ def test_what_pages_share_is_stored_once(exported):
     text = (exported / "induction-2l/02_attention_visualization.html").read_text(encoding="utf-8")
     shown = re.findall(r'src="\.\./_images/([^"]+)"', text)
     assert set(shown) < set(re.findall(r"_images/([^\"]+)", (exported / "induction-2l/report.html").read_text()))
-
-
-def test_the_handout_is_one_page(tmp_path, browser):
-    editions.write_handout(tmp_path)
-    text = (tmp_path / "handout.html").read_text()
-    assert "http" not in text and 'alt="The induction circuit' in text
-    page = browser.new_page()
-    page.goto((tmp_path / "handout.html").as_uri())
-    assert page.locator("img").evaluate("picture => picture.naturalWidth")
-    assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(prefer_css_page_size=True))) == 1
 
 
 # ---- the command ----
