@@ -1,14 +1,15 @@
 """The trainer: what it promises of data, order, optimiser and reproducibility."""
 
 import dataclasses
+import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHORTFORMER, shortformer_state
-from torch import nn
 
-from helpers import models, shortformer
+from helpers import catalog, models, shortformer
 from tools import train
 from tools.train import Recipe
 
@@ -50,32 +51,6 @@ def test_a_tenth_of_the_batches_repeats_segments_rarely_enough():
     assert same > 0.8
 
 
-def test_muon_is_the_newton_schulz_iteration_one_matrix_at_a_time():
-    generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.randn(16, 16, generator=generator)) for _ in range(3)]
-    before = [w.detach().clone() for w in weights]
-    for w in weights:
-        w.grad = torch.randn(16, 16, generator=generator)
-    train.Muon(weights, lr=0.1).step()
-    for w, old in zip(weights, before):
-        singular = torch.linalg.svdvals((old - w.detach()) / 0.1)
-        assert singular.max() < 1.3 and singular.median() > 0.6
-
-
-def test_muon_agrees_with_torch_up_to_its_precision():
-    generator = torch.Generator().manual_seed(1)
-    start, gradients = torch.randn(32, 32, generator=generator), torch.randn(3, 32, 32, generator=generator)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine = train.Muon([ours], lr=0.1)
-    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
-    for gradient in gradients:
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        mine.step()
-        reference.step()
-    # Theirs iterates in bfloat16, whose steps are 2^-8.
-    assert ((ours - start) - (theirs - start)).norm() / (ours - start).norm() < 0.05
-
-
 def test_the_learning_rate_warms_up_holds_and_decays():
     factors = [train.learning_rate_factor(step, SMALL) for step in range(200)]
     assert factors[0] == pytest.approx(0.2) and factors[60] == 1 and factors[-1] == pytest.approx(0.05)
@@ -84,7 +59,7 @@ def test_the_learning_rate_warms_up_holds_and_decays():
 
 def run_small(n_layers=2):
     recipe = dataclasses.replace(SMALL, n_layers=n_layers)
-    model = train.new_model(recipe)
+    model = train.new_model(recipe).train()
     optimisers = train.optimisers(model, recipe)
     return [loss for _, loss in train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)], model
 
@@ -108,7 +83,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
 
     restored = train.new_model(recipe)
     restored_optimisers = train.optimisers(restored, recipe)
-    log = train.resume(restored, restored_optimisers, tmp_path / "resume.pt")
+    log = train.resume(restored, restored_optimisers, tmp_path)
     rest = [
         loss for _, loss in train.losses_by_step(restored, STREAM, VOCAB, recipe, restored_optimisers, log[-1]["step"])
     ]
@@ -134,12 +109,48 @@ def test_checkpoints_to_ship_resolve_the_rise():
     assert steps[0] == 0 and 7 <= len(steps) <= 10 and sum(step > 50 for step in steps) >= 5
 
 
-def test_what_cannot_be_trained_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="induction-2l"):
-        train.train("induction-9l", tmp_path)
+def test_a_corpus_that_is_too_small_is_refused():
     tokenizer = models.load("induction-1l", device="cpu").tokenizer
     with pytest.raises(ValueError, match="are needed"):
         train.token_stream(["x = 1\n"], tokenizer, 1_000)
+
+
+@pytest.mark.slow
+def test_a_trained_model_loads_goes_on_after_a_kill_and_is_shipped(tmp_path, monkeypatch):
+    sizes = dict(n_layers=2, d_model=32, n_heads=4, d_vocab=300)
+    recipe = Recipe(**sizes, steps=14, tokens_per_batch=512, packages=("networkx",))
+    folder, package = tmp_path / "tiny", tmp_path / "package"
+    monkeypatch.setitem(train.RECIPES, "induction-2l", recipe)
+    monkeypatch.setattr(train, "WEIGHTS_FOLDER", package)
+    monkeypatch.setattr(catalog, "WEIGHTS_FOLDER", package)
+    save, kept = train.save_reading, []
+
+    def killed_at_the_third(*arguments):
+        save(*arguments)
+        kept.append(arguments)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_reading", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train.train("induction-2l", folder)
+    with pytest.raises(ValueError, match="not a model folder"):
+        models.read(str(folder))
+    train.train("induction-2l", folder)
+    log = json.loads((folder / "log.json").read_text())
+    assert [reading["step"] for reading in log] == train.reading_steps(14)
+    model = models.read(str(folder))
+    found = train.readings(model)
+    for key, value in log[-1].items():
+        if key not in ("step", "tokens", "seconds"):  # the model is stored in half precision
+            np.testing.assert_allclose(found[key], value, atol=2e-3)
+
+    (package / "induction-2l/checkpoints").mkdir(parents=True)
+    (package / "induction-2l/checkpoints/step7.safetensors").write_text("of another training")
+    train.ship("induction-2l", folder)
+    assert "step0" in catalog.checkpoints("induction-2l") and "step7" not in catalog.checkpoints("induction-2l")
+    shipped, first = models.read("induction-2l"), models.read("induction-2l@step0")
+    assert torch.equal(shipped.W_Q, model.W_Q) and not torch.equal(shipped.W_Q, first.W_Q)
 
 
 def test_quantised_weights_are_within_half_a_step():
