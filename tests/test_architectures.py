@@ -63,8 +63,15 @@ def test_folding_is_only_what_is_exact():
 
 
 def test_a_wrong_number_is_wrong_and_ends_with_code_1(monkeypatch, capsys):
-    loss = check._loss
-    monkeypatch.setattr(check, "_loss", lambda model, tokens, hooks=(): loss(model, tokens, hooks) * 1.01)
-    assert check.main(check.argparse.Namespace(model="induction-2l", notebooks=False, architectures=False)) == 1
+    effects = check.ablate_heads
+    monkeypatch.setattr(check, "ablate_heads", lambda *arguments: effects(*arguments) * 1.01)
+    assert check.main(check.argparse.Namespace(model="induction-2l", architectures=False)) == 1
     page = capsys.readouterr().out
-    assert "| WRONG |" in page and "| 02_attention_visualization | applies |" in page
+    assert page.count("WRONG") == 1 and "| sweep: patching the stream | within 1e-04 nats | right |" in page
+
+
+def test_a_failure_inside_a_models_own_code_is_no_refusal():
+    def fails():
+        raise RuntimeError("shapes do not match")
+
+    assert check.judge("sweep", fails).good is False
