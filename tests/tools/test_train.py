@@ -1,8 +1,11 @@
 """The trainer: what it promises of data, order, optimiser and reproducibility."""
 
+import argparse
 import dataclasses
 import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,11 +60,12 @@ def test_the_learning_rate_warms_up_holds_and_decays():
     assert all(a >= b for a, b in zip(factors[100:], factors[101:]))
 
 
-def run_small(n_layers=2):
-    recipe = dataclasses.replace(SMALL, n_layers=n_layers)
-    model = train.new_model(recipe).train()
-    optimisers = train.optimisers(model, recipe)
-    return [loss for _, loss in train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)], model
+def run_small(steps=200):
+    model = train.new_model(SMALL)
+    optimisers = train.optimisers(model, SMALL)
+    batches = (train.batch_at(step, STREAM, VOCAB, SMALL) for step in range(steps))
+    factors = (train.learning_rate_factor(step, SMALL) for step in range(steps))
+    return [train.train_step(model, optimisers, *both) for both in zip(batches, factors)], model
 
 
 def test_the_same_seed_gives_the_same_200_steps_bit_for_bit():
@@ -72,26 +76,8 @@ def test_the_same_seed_gives_the_same_200_steps_bit_for_bit():
     assert first[-1] < first[0]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    recipe = dataclasses.replace(SMALL, steps=30)
-    model = train.new_model(recipe)
-    optimisers = train.optimisers(model, recipe)
-    steps = train.losses_by_step(model, STREAM, VOCAB, recipe, optimisers)
-    losses = [loss for _, (_, loss) in zip(range(15), steps)]
-    train.save_reading(tmp_path, model, optimisers, [{"step": 15}])
-    losses += [loss for _, loss in steps]
-
-    restored = train.new_model(recipe)
-    restored_optimisers = train.optimisers(restored, recipe)
-    log = train.resume(restored, restored_optimisers, tmp_path)
-    rest = [
-        loss for _, loss in train.losses_by_step(restored, STREAM, VOCAB, recipe, restored_optimisers, log[-1]["step"])
-    ]
-    assert rest == losses[15:]
-
-
 def test_the_legacy_layout_is_the_trained_model():
-    _, model = run_small()
+    _, model = run_small(20)
     bridge = models.build_shortformer(train.model_config(SMALL), train.legacy_state(model), "small").eval()
     tokens = STREAM[:60].long().view(2, 30)
     with torch.no_grad():
@@ -103,54 +89,65 @@ def test_readings_are_logged_at_60_or_more_log_spaced_steps():
     assert steps[0] == 0 and steps[-1] == Recipe(n_layers=2).steps and len(steps) >= 60
 
 
-def test_checkpoints_to_ship_resolve_the_rise():
-    log = [{"step": i, "induction_score": [[0.0], [max(0.0, (i - 50) / 50)]]} for i in range(101)]
-    steps = train.steps_to_ship(log)
-    assert steps[0] == 0 and 7 <= len(steps) <= 10 and sum(step > 50 for step in steps) >= 5
+def test_a_checkpoint_is_kept_only_of_a_reading():
+    for recipe in train.RECIPES.values():
+        assert set(recipe.checkpoints) <= set(train.reading_steps(recipe.steps))
 
 
 def test_a_corpus_that_is_too_small_is_refused():
     tokenizer = models.load("induction-1l", device="cpu").tokenizer
-    with pytest.raises(ValueError, match="are needed"):
+    with pytest.raises(ValueError, match="too short"):
         train.token_stream(["x = 1\n"], tokenizer, 1_000)
 
 
-@pytest.mark.slow
-def test_a_trained_model_loads_goes_on_after_a_kill_and_is_shipped(tmp_path, monkeypatch):
-    sizes = dict(n_layers=2, d_model=32, n_heads=4, d_vocab=300)
-    recipe = Recipe(**sizes, steps=14, tokens_per_batch=512, packages=("networkx",))
-    folder, package = tmp_path / "tiny", tmp_path / "package"
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A recipe that is trained in seconds, in an empty folder; what is shipped goes there too."""
+    recipe = Recipe(n_layers=2, steps=14, tokens_per_batch=512, d_model=32, n_heads=4, d_vocab=300)
+    recipe = dataclasses.replace(recipe, packages=("networkx",), checkpoints=(0, 12))
     monkeypatch.setitem(train.RECIPES, "induction-2l", recipe)
-    monkeypatch.setattr(train, "WEIGHTS_FOLDER", package)
-    monkeypatch.setattr(catalog, "WEIGHTS_FOLDER", package)
-    save, kept = train.save_reading, []
+    (tmp_path / "weights/induction-2l").mkdir(parents=True)
+    shutil.copy(catalog.WEIGHTS_FOLDER / "induction-2l/tokenizer.json", tmp_path / "weights/induction-2l")
+    for module in (train, catalog):
+        monkeypatch.setattr(module, "WEIGHTS_FOLDER", tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
 
-    def killed_at_the_third(*arguments):
-        save(*arguments)
-        kept.append(arguments)
-        if len(kept) == 3:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_reading", killed_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        train.train("induction-2l", folder)
-    with pytest.raises(ValueError, match="not a model folder"):
-        models.read(str(folder))
-    train.train("induction-2l", folder)
+@pytest.mark.slow
+def test_a_trained_model_loads_reads_as_logged_and_is_shipped(tiny):
+    assert train.main(argparse.Namespace(name="induction-2l", ship=True)) == 0
+    folder = Path("training-runs/induction-2l")
     log = json.loads((folder / "log.json").read_text())
     assert [reading["step"] for reading in log] == train.reading_steps(14)
     model = models.read(str(folder))
     found = train.readings(model)
-    for key, value in log[-1].items():
-        if key not in ("step", "tokens", "seconds"):  # the model is stored in half precision
-            np.testing.assert_allclose(found[key], value, atol=2e-3)
-
-    (package / "induction-2l/checkpoints").mkdir(parents=True)
-    (package / "induction-2l/checkpoints/step7.safetensors").write_text("of another training")
-    train.ship("induction-2l", folder)
-    assert "step0" in catalog.checkpoints("induction-2l") and "step7" not in catalog.checkpoints("induction-2l")
+    for key, value in found.items():  # the model is stored in half precision
+        np.testing.assert_allclose(log[-1][key], value, atol=2e-3)
+    assert list(catalog.checkpoints("induction-2l")) == ["step0", "step12"]
     shipped, first = models.read("induction-2l"), models.read("induction-2l@step0")
     assert torch.equal(shipped.W_Q, model.W_Q) and not torch.equal(shipped.W_Q, first.W_Q)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, monkeypatch):
+    def dies(*arguments):
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+        steps.append(arguments)
+        return step(*arguments)
+
+    step, steps = train.train_step, []
+    monkeypatch.setattr(train, "readings", lambda bridge: {})
+    train.train("induction-2l", Path("whole"))
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train("induction-2l", Path("killed"))
+    with pytest.raises(ValueError, match="not a model folder"):
+        models.read("killed")
+    monkeypatch.setattr(train, "train_step", step)
+    train.train("induction-2l", Path("killed"))
+    for file in ("model.safetensors", "config.json", "checkpoints/step12.safetensors"):
+        assert Path("killed", file).read_bytes() == Path("whole", file).read_bytes()
 
 
 def test_quantised_weights_are_within_half_a_step():
