@@ -24,7 +24,6 @@ from helpers.prompts import bos_id
 from tools.convert import ensure
 
 Tokens = Int[Tensor, "prompt pos"]
-MARKS = {True: "right", False: "WRONG", None: ""}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print what is found, as a table in Markdown; returns 1 when something of it is wrong."""
+    """Print what is found; returns 1 when something of it is wrong."""
     if arguments.architectures:
         from tools.architectures import write_page
 
@@ -52,9 +51,9 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError("name a model to check, or ask for --architectures")
     ensure(arguments.model)
     findings = examine(arguments.model)
-    print(f"# {arguments.model}\n\n| what | found | |\n|---|---|---|")
+    marks = {True: "right", False: "WRONG", None: ""}
     for finding in findings:
-        print(f"| {finding.what} | {finding.found} | {MARKS[finding.good]} |")
+        print(f"{finding.what:40}{marks[finding.good]:7}{finding.found}")
     return int(any(finding.good is False for finding in findings))
 
 
@@ -69,27 +68,24 @@ def examine(name: str) -> list[Finding]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(24, model.cfg.n_ctx)), generator=generator).to(model.cfg.device)
     checks = {
-        "log-probabilities against transformers": lambda: against_transformers(model, name, tokens),
-        "attention patterns": lambda: patterns(model, tokens),
-        "sweep: mean ablation of heads": lambda: mean_ablation(model, tokens),
-        "sweep: patching the stream": lambda: patching(model, tokens),
-        "logit attribution": lambda: attribution(model, tokens),
-        "weights by head": lambda: weights(model),
+        "log-probabilities against transformers": partial(against_transformers, name),
+        "attention patterns": patterns,
+        "sweep: mean ablation of heads": mean_ablation,
+        "sweep: patching the stream": patching,
+        "logit attribution": attribution,
+        "weights by head": weights,
     }
-    return facts(model) + [judge(what, check) for what, check in checks.items()]
+    return facts(model) + [judge(what, partial(check, model, tokens)) for what, check in checks.items()]
 
 
-def judge(what: str, check: Callable[[], tuple[str, bool | None]]) -> Finding:
-    """What a check finds, or the sentence with which a helper or the library refuses the model.
-
-    All other exceptions are a model's code that was called as it cannot be.
-    """
+def judge(what: str, check: Callable[[], str]) -> Finding:
+    """What a check finds right, what it asserts in vain, or the sentence that refuses the model."""
     try:
-        return Finding(what, *check())
-    except Exception as error:
-        refused = isinstance(error, ValueError | NotImplementedError)
+        return Finding(what, check(), True)
+    except Exception as error:  # a model's own code fails in many ways
+        refused = isinstance(error, ValueError | NotImplementedError)  # by helpers and by the library
         sentence = " ".join(str(error).split()).split(". ")[0]
-        return Finding(what, f"refused: {sentence}" if refused else f"fails: {error!r}", None if refused else False)
+        return Finding(what, f"refused: {sentence}" if refused else repr(error), None if refused else False)
 
 
 def facts(model: TransformerBridge) -> list[Finding]:
@@ -105,37 +101,32 @@ def facts(model: TransformerBridge) -> list[Finding]:
     ]
 
 
-def apart(found: Tensor, expected: Tensor, tolerance: float, unit: str) -> tuple[str, bool]:
-    """How far two ways to compute the same are apart, and whether that is near enough."""
-    if found.shape != expected.shape:
-        return f"of shape {tuple(found.shape)}, not {tuple(expected.shape)}", False
-    gap = (found - expected).abs().max().item()
-    right = gap < tolerance  # false for nan
-    return f"within {tolerance:.0e} {unit}" if right else f"{gap:.1e} {unit} apart", right
+def near(found: Tensor, expected: Tensor, tolerance: float, unit: str = "nats") -> str:
+    """Assert that two ways to compute the same agree, and say to within what."""
+    torch.testing.assert_close(found.cpu(), expected.cpu(), atol=tolerance, rtol=0)
+    return f"within {tolerance:.0e} {unit}"
 
 
-def against_transformers(model: TransformerBridge, name: str, tokens: Tokens) -> tuple[str, bool | None]:
+def against_transformers(name: str, model: TransformerBridge, tokens: Tokens) -> str:
     """The folded bridge beside the plain model of the transformers library."""
     source = resolve(name)
     if model.cfg.architecture == "TransformerLensNative":
-        return "no such model there", None
+        raise ValueError("there is no such model")
     nanogpt = source.kind == "nanogpt"
     plain = read_nanogpt(Path(source.repo))[0] if nanogpt else read_hugging_face(model_folder(name, source))
-    expected = log_probs(plain.to(model.cfg.device).eval(), tokens)
-    return apart(log_probs(model, tokens), expected, TOLERANCE, "nats")
+    return near(log_probs(model, tokens), log_probs(plain.to(model.cfg.device).eval(), tokens), TOLERANCE)
 
 
-def patterns(model: TransformerBridge, tokens: Tokens) -> tuple[str, bool]:
+def patterns(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether attention looks back only, and every row of it sums to one, or to less where there is a sink."""
     _, cache = model.run_with_cache(tokens, names_filter=lambda hook: hook.endswith("attn.hook_pattern"))
     rows = torch.stack([cache["pattern", layer] for layer in range(model.cfg.n_layers)])
-    if rows.triu(1).abs().max() > 0:
-        return "later tokens are attended to", False
-    sink = any("sink" in key for key, _ in model.named_parameters())
-    rest = rows.sum(-1) - 1
-    if (rows < 0).any() or (rest if sink else rest.abs()).max() > 1e-4:
-        return "rows that are no weights, or do not sum to one", False
-    return f"causal; {'what is left goes to a sink' if sink else 'rows sum to one'}", True
+    assert rows.triu(1).abs().max() == 0, "later tokens are attended to"
+    assert rows.min() >= 0 and rows.sum(-1).max() < 1 + 1e-4, "rows that are no weights"
+    if any("sink" in key for key, _ in model.named_parameters()):
+        return "causal; what is left goes to a sink"
+    assert rows.sum(-1).min() > 1 - 1e-4, "rows do not sum to one"
+    return "causal; rows sum to one"
 
 
 def stock_effects(model: TransformerBridge, tokens: Tokens, hook: str, edit: Callable, n: int) -> Float[Tensor, "p n"]:
@@ -147,8 +138,8 @@ def stock_effects(model: TransformerBridge, tokens: Tokens, hook: str, edit: Cal
     return torch.stack([loss((hook, partial(edit, i))) for i in range(n)], 1) - loss()[:, None]
 
 
-def mean_ablation(model: TransformerBridge, tokens: Tokens) -> tuple[str, bool]:
-    """The heads of the middle layer."""
+def mean_ablation(model: TransformerBridge, tokens: Tokens) -> str:
+    """The effects of the middle layer's heads beside the library's own."""
     layer, n_heads = model.cfg.n_layers // 2, model.cfg.n_heads
 
     def edit(head, z, hook):
@@ -157,11 +148,11 @@ def mean_ablation(model: TransformerBridge, tokens: Tokens) -> tuple[str, bool]:
         return heads.view(z.shape)
 
     found = ablate_heads(model, tokens, mean_loss(tokens), "mean")[:, layer]
-    return apart(found, stock_effects(model, tokens, f"blocks.{layer}.attn.hook_z", edit, n_heads), 1e-4, "nats")
+    return near(found, stock_effects(model, tokens, f"blocks.{layer}.attn.hook_z", edit, n_heads), 1e-4)
 
 
-def patching(model: TransformerBridge, tokens: Tokens) -> tuple[str, bool]:
-    """The stream before the middle layer, patched from the other prompt."""
+def patching(model: TransformerBridge, tokens: Tokens) -> str:
+    """The effects of the other prompt's stream before the middle layer beside the library's own."""
     layer, other = model.cfg.n_layers // 2, tokens.flip(0)
     hook = f"blocks.{layer}.hook_resid_pre"
     clean = model.run_with_cache(other, names_filter=hook)[1][hook]
@@ -171,18 +162,18 @@ def patching(model: TransformerBridge, tokens: Tokens) -> tuple[str, bool]:
         return resid
 
     found = patch_resid(model, tokens, other, mean_loss(tokens))[:, layer]
-    return apart(found, stock_effects(model, tokens, hook, edit, tokens.shape[1]), 1e-4, "nats")
+    return near(found, stock_effects(model, tokens, hook, edit, tokens.shape[1]), 1e-4)
 
 
-def attribution(model: TransformerBridge, tokens: Tokens) -> tuple[str, bool]:
+def attribution(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether what heads, MLPs and embeddings write sums to the logit."""
     found = attribute(model, tokens, tokens[:, -1], tokens[:, 0])
-    return apart(found.total(), found.logit, 1e-2, "of a logit")
+    return near(found.total(), found.logit, 1e-2, "of a logit")
 
 
-def weights(model: TransformerBridge) -> tuple[str, bool]:
+def weights(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether a head's matrices can be had, with the norms folded in."""
     cfg, found = model.cfg, head_weights(model)
-    shapes, head = [found.W_Q.shape, found.W_O.shape], (cfg.n_layers, cfg.n_heads)
-    right = shapes == [(*head, cfg.d_model, cfg.d_head), (*head, cfg.d_head, cfg.d_model)]
-    return "there" if right else f"of unexpected shapes {shapes}", right
+    assert found.W_Q.shape == (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_head), found.W_Q.shape
+    assert found.W_O.shape == (cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model), found.W_O.shape
+    return "there"

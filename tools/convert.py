@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Convert the models named; returns 0."""
     for name in arguments.names:
-        folder = ensure(name)
-        print(f"{name}: {folder}" if folder else f"{name} needs no conversion")
+        print(f"{name}: {ensure(name) or 'needs no conversion'}")
     return 0
 
 
@@ -73,11 +72,9 @@ def ensure(name: str) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return config["sha256"] == _sha256(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError):
-        return False
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((folder / "config.json").read_text())["sha256"] == _sha256(folder / "model.safetensors")
+    return False
 
 
 def _sha256(path: Path) -> str:
