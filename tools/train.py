@@ -212,8 +212,8 @@ def optimisers(model: ShortformerModel, recipe: Recipe) -> list[torch.optim.Opti
     The shipped models were trained with a Muon of single precision; torch's is of half, and its results drift by 1 %.
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
     """
-    matrices = [w for w in model.layers.parameters() if w.ndim == 2]
-    others = [w for w in model.parameters() if all(w is not m for m in matrices)]
+    matrices = [weight for name, weight in model.named_parameters() if ".attn." in name]
+    others = [weight for name, weight in model.named_parameters() if ".attn." not in name]
     return [
         torch.optim.Muon(matrices, recipe.matrix_lr, weight_decay=0),
         torch.optim.AdamW(others, recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
@@ -300,13 +300,16 @@ def train(name: str, folder: Path) -> None:
     def bridge() -> TransformerBridge:
         return build_shortformer(config, legacy_state(model), name, tokenizer)
 
+    def keep(file: str) -> None:
+        half = {key: weight.half() for key, weight in legacy_state(model).items()}
+        write_atomically(folder / file, partial(save_file, half))
+
     def read(step: int) -> None:
         """Log a reading, and write its checkpoint and what a killed run goes on from."""
         head = {"step": step, "tokens": step * recipe.tokens_per_batch, "seconds": time.monotonic() - began}
         log.append(head | readings(bridge()))
         if step in recipe.checkpoints:
-            packed = quantise(legacy_state(model))
-            write_atomically(folder / f"checkpoints/step{step}.safetensors", partial(save_file, packed))
+            keep(f"checkpoints/step{step}.safetensors")
         saved = [log, *(part.state_dict() for part in (model, *optimisers_))]
         write_atomically(folder / "resume.pt", partial(torch.save, saved))
 
@@ -319,18 +322,7 @@ def train(name: str, folder: Path) -> None:
         if step + 1 in due:
             read(step + 1)
 
-    half = {key: weight.half() for key, weight in legacy_state(model).items()}
-    write_atomically(folder / "model.safetensors", partial(save_file, half))
+    keep("model.safetensors")
     write_atomically(folder / "tokenizer.json", lambda path: tokenizer.backend_tokenizer.save(str(path)))
     write_text(folder / "log.json", pd.DataFrame(log).to_json(orient="records", double_precision=4))
     sign(folder, config)
-
-
-def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Eight bits a weight, with one half-precision scale for each row of the last axis."""
-    packed = {}
-    for key, value in state.items():
-        scale = (value.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127).half()
-        packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        packed[key + ".scale"] = scale
-    return packed
