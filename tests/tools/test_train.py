@@ -113,8 +113,8 @@ def tiny(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trained_model_loads_reads_as_logged_and_is_shipped(tiny):
-    assert train.main(argparse.Namespace(name="induction-2l", ship=True)) == 0
+def test_a_trained_model_loads_reads_as_logged_and_can_be_shipped(tiny):
+    assert train.main(argparse.Namespace(name="induction-2l")) == 0
     folder = Path("training-runs/induction-2l")
     log = json.loads((folder / "log.json").read_text())
     assert [reading["step"] for reading in log] == train.reading_steps(14)
@@ -122,6 +122,7 @@ def test_a_trained_model_loads_reads_as_logged_and_is_shipped(tiny):
     found = train.readings(model)
     for key, value in found.items():  # the model is stored in half precision
         np.testing.assert_allclose(log[-1][key], value, atol=2e-3)
+    shutil.copytree(folder, catalog.WEIGHTS_FOLDER / "induction-2l", dirs_exist_ok=True)
     assert list(catalog.checkpoints("induction-2l")) == ["step0", "step12"]
     shipped, first = models.read("induction-2l"), models.read("induction-2l@step0")
     assert torch.equal(shipped.W_Q, model.W_Q) and not torch.equal(shipped.W_Q, first.W_Q)
