@@ -2,7 +2,9 @@
 
 import argparse
 
-from helpers.catalog import MODELS, ModelUnavailable, Source, model_folder
+from huggingface_hub import try_to_load_from_cache
+
+from helpers.catalog import MODELS, Source, converted_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +24,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 def is_ready(name: str, source: Source) -> bool:
     """Whether a model loads as it is: nothing is to be installed, downloaded or converted."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        if source.kind == "hub":
-            return bool(snapshot_download(source.repo, local_files_only=True))
-        return bool(model_folder(name, source))
-    except (ModelUnavailable, LocalEntryNotFoundError):
-        return False
+    if source.kind == "hub":
+        return isinstance(try_to_load_from_cache(source.repo, "config.json"), str)
+    return source.kind == "embedded" or converted_folder(name, source).is_dir()
