@@ -94,8 +94,7 @@ def facts(model: TransformerBridge) -> list[Finding]:
     spelled = repr(model.tokenizer.convert_ids_to_tokens(first)) if model.tokenizer else "no tokenizer"
     sizes = {"d_model": cfg.d_model, "n_ctx": cfg.n_ctx, "norm": cfg.normalization_type} | layout(model)
     return [
-        Finding("architecture", cfg.architecture),
-        Finding("layout", ", ".join(f"{key} {value}" for key, value in sizes.items())),
+        Finding(cfg.architecture, ", ".join(f"{key} {value}" for key, value in sizes.items())),
         Finding("first token", f"{first} ({spelled})", first < cfg.d_vocab),
         Finding("folded, because exact", ", ".join(model.folded) or "nothing"),
     ]
@@ -174,6 +173,6 @@ def attribution(model: TransformerBridge, tokens: Tokens) -> str:
 def weights(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether a head's matrices can be had, with the norms folded in."""
     cfg, found = model.cfg, head_weights(model)
-    assert found.W_Q.shape == (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_head), found.W_Q.shape
-    assert found.W_O.shape == (cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model), found.W_O.shape
+    shape = (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_head)
+    assert found.W_Q.shape == found.W_O.mT.shape == shape, (found.W_Q.shape, found.W_O.shape)
     return "there"

