@@ -135,7 +135,7 @@ def build_shortformer(
 
 
 def dequantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that `tools train` packed in eight bits; those without a scale come back as they are."""
+    """The weights of checkpoints that were packed in eight bits; those without a scale come back as they are."""
     scales = {key: state[key + ".scale"] for key in state if key + ".scale" in state}
     plain = {key: value for key, value in state.items() if not key.endswith(".scale")}
     return plain | {key: plain[key].float() * scale.float() for key, scale in scales.items()}

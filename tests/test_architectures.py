@@ -15,6 +15,10 @@ REFUSED = {
 }  # fmt: skip
 QUICK = ("gpt2", "llama", "gemma3_text", "bloom", "gpt_oss")
 findings = cache(architectures.findings)
+CHECKS = (
+    "log-probabilities against transformers", "attention patterns", "sweep: mean ablation of heads",
+    "sweep: patching the stream", "logit attribution", "weights by head",
+)  # fmt: skip
 # What may be left out because it is not there, or not exact; all else must be right.
 LEFT_OUT = {
     "logit attribution": dict.fromkeys(("gemma2", "nanochat", "vaultgemma"), "caps its logits")
@@ -36,18 +40,17 @@ def test_there_are_enough():
 
 @pytest.mark.parametrize("kind", kinds(set(architectures.KINDS) - set(REFUSED)))
 def test_what_is_measured_on_an_architecture_is_right(kind):
-    found = findings(kind)
-    assert not isinstance(found, str), found
-    by_what = {finding.what: finding for finding in found}
-    assert not [finding for finding in found if finding.good is False]
-    for what in architectures.COLUMNS[1:]:
+    by_what = {finding.what: finding for finding in findings(kind)}
+    assert not [finding for finding in findings(kind) if finding.good is False]
+    for what in CHECKS:
         reason = LEFT_OUT.get(what, {}).get(kind)
         assert by_what[what].good if reason is None else reason in by_what[what].found, by_what[what]
 
 
 @pytest.mark.parametrize("kind", kinds(REFUSED))
 def test_what_has_no_attention_is_refused(kind):
-    assert REFUSED[kind] in findings(kind)
+    (refusal,) = findings(kind)
+    assert REFUSED[kind] in refusal.found
 
 
 def test_the_page_lists_every_kind():
@@ -63,8 +66,15 @@ def test_folding_is_only_what_is_exact():
 
 
 def test_a_wrong_number_is_wrong_and_ends_with_code_1(monkeypatch, capsys):
-    loss = check._loss
-    monkeypatch.setattr(check, "_loss", lambda model, tokens, hooks=(): loss(model, tokens, hooks) * 1.01)
-    assert check.main(check.argparse.Namespace(model="induction-2l", notebooks=False, architectures=False)) == 1
+    effects = check.ablate_heads
+    monkeypatch.setattr(check, "ablate_heads", lambda *arguments: effects(*arguments) * 1.01)
+    assert check.main(check.argparse.Namespace(model="induction-2l", architectures=False)) == 1
     page = capsys.readouterr().out
-    assert "| WRONG |" in page and "| 02_attention_visualization | applies |" in page
+    assert page.count("WRONG") == 1 and "Greatest absolute difference" in page and "right  within 1e-04 nats" in page
+
+
+def test_a_failure_inside_a_models_own_code_is_no_refusal():
+    def fails():
+        raise RuntimeError("shapes do not match")
+
+    assert check.judge("sweep", fails).good is False

@@ -275,7 +275,7 @@ COMMANDS = {
     "site --out mine": (2, ["mine", "is not a site"]),
     "site --outputs nothing": (2, ["make run"]),
     "site --outputs file": (2, ["make run"]),
-    "train induction-9l": (2, ["unknown recipe 'induction-9l'", "induction-2l"]),
+    "train induction-9l": (2, ["choice: 'induction-9l'", "induction-2l"]),
     "train": (2, ["name"]),
     "convert gpt-9": (2, ["unknown model 'gpt-9'"]),
     "check gpt-9": (2, ["unknown model 'gpt-9'"]),

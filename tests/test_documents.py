@@ -1,10 +1,12 @@
 """Requirements, environment and pyproject agree, and README says only what an output holds."""
 
+import json
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
@@ -147,8 +149,15 @@ def test_the_repository_is_small_and_holds_no_pickle():
     assert not [p for p in paths if p.suffix in (".pt", ".pth", ".pkl", ".bin", ".ckpt")]
 
 
-def test_cards_say_what_the_models_are():
+def test_cards_say_what_the_models_are_with_the_numbers_of_their_logs():
+    losses = "validation_loss loss_token_50 loss_token_500 in_context_score first_copy_loss second_copy_loss".split()
     for name in ("induction-2l", "induction-1l"):
-        card = (ROOT / f"helpers/weights/{name}/CARD.md").read_text()
+        folder = ROOT / "helpers/weights" / name
+        card, last = (folder / "CARD.md").read_text(), json.loads((folder / "log.json").read_text())[-1]
         for word in ("Trained on", "Held out", "How", "validation loss", "Limits", "Licence"):
             assert word in card
+        values = re.findall(r"^\|.*\| ([-\d. /]+) \|$", card, flags=re.M)
+        strongest = [np.max(last["induction_score"]), np.max(last["previous_token_score"])]
+        expected = [last[key] for key in losses] + strongest
+        assert [float(number) for value in values for number in value.split("/")] == pytest.approx(expected, abs=6e-4)
+        assert f"{last['tokens'] / 1e6:.1f} M tokens" in card and f"{last['seconds'] / 60:.0f} minutes" in card

@@ -1,10 +1,9 @@
 """What a model is, and whether what the series measures on it can be trusted: the first thing to run on a new one."""
 
 import argparse
-import tempfile
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers.catalog import Source, checkpoints, model_folder, resolve
+from helpers.catalog import model_folder, resolve
 from helpers.circuits import head_weights
 from helpers.folding import TOLERANCE, log_probs
 from helpers.hugging_face import read_hugging_face
@@ -23,19 +22,8 @@ from helpers.models import layout, pick_device, read
 from helpers.nanogpt import read_nanogpt
 from helpers.prompts import bos_id
 from tools.convert import ensure
-from tools.run import ThisMachine, find_notebooks, plan, run_on
 
 Tokens = Int[Tensor, "prompt pos"]
-# What a notebook cannot do without, by its name without the number.
-NEEDS = {
-    "head_ablation": "sweeps",
-    "activation_patching": "sweeps",
-    "path_analysis": "sweeps",
-    "logit_lens": "logit attribution",
-    "causal_scrubbing": "two layers of attention alone",
-    "circuit_weights": "weights by head",
-    "training_dynamics": "training checkpoints",
-}
 
 
 @dataclass(frozen=True)
@@ -50,12 +38,11 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m tools check`."""
     parser.add_argument("model", nargs="?", help="a name, a folder, a nanoGPT ckpt.pt or a hub id")
-    parser.add_argument("--notebooks", action="store_true", help="also run every notebook on it, in small")
     parser.add_argument("--architectures", action="store_true", help="check tiny models of many kinds instead")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the page; returns 1 when something on it is wrong."""
+    """Print what is found; returns 1 when something of it is wrong."""
     if arguments.architectures:
         from tools.architectures import write_page
 
@@ -63,189 +50,129 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         raise ValueError("name a model to check, or ask for --architectures")
     ensure(arguments.model)
-    findings = examine(arguments.model) + (run_notebooks(arguments.model) if arguments.notebooks else [])
-    print("\n".join(page(arguments.model, findings)))
+    findings = examine(arguments.model)
+    marks = {True: "right", False: "WRONG", None: ""}
+    for finding in findings:
+        print(f"{finding.what:40}{marks[finding.good]:7}{finding.found}")
     return int(any(finding.good is False for finding in findings))
 
 
-def page(name: str, findings: list[Finding]) -> list[str]:
-    """The lines of the page, in Markdown."""
-    marks = {True: "right", False: "WRONG", None: ""}
-    rows = [f"| {finding.what} | {finding.found} | {marks[finding.good]} |" for finding in findings]
-    return [f"# {name}", "", "| what | found | |", "|---|---|---|", *rows]
-
-
+@torch.no_grad()
 def examine(name: str) -> list[Finding]:
-    """All findings about a model but the notebooks' own runs.
+    """All findings about a model.
 
     Raises:
         ValueError, ModelUnavailable: it cannot be loaded; says why.
     """
-    source, model = resolve(name), read(name, pick_device())
+    model = read(name, pick_device())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(24, model.cfg.n_ctx)), generator=generator).to(model.cfg.device)
-    findings = [*facts(model), against_transformers(model, name, source, tokens), patterns(model, tokens)]
-    findings += [*sweeps(model, tokens), attribution(model, tokens), weights(model)]
-    return findings + notebooks(model, source, name, findings)
+    checks = {
+        "log-probabilities against transformers": partial(against_transformers, name),
+        "attention patterns": patterns,
+        "sweep: mean ablation of heads": mean_ablation,
+        "sweep: patching the stream": patching,
+        "logit attribution": attribution,
+        "weights by head": weights,
+    }
+    return facts(model) + [judge(what, partial(check, model, tokens)) for what, check in checks.items()]
+
+
+def judge(what: str, check: Callable[[], str]) -> Finding:
+    """What a check finds right, what it asserts in vain, or the sentence that refuses the model."""
+    try:
+        return Finding(what, check(), True)
+    except Exception as error:  # a model's own code fails in many ways
+        refused = isinstance(error, ValueError | NotImplementedError)  # by helpers and by the library
+        sentence = " ".join(str(error).split()).split(". ")[0]
+        return Finding(what, f"refused: {sentence}" if refused else repr(error), None if refused else False)
 
 
 def facts(model: TransformerBridge) -> list[Finding]:
     """What the model is."""
-    cfg, sizes = model.cfg, layout(model)
-    local = cfg.n_layers - len(sizes["global_layers"])
-    first = bos_id(model)
+    cfg, first = model.cfg, bos_id(model)
     spelled = repr(model.tokenizer.convert_ids_to_tokens(first)) if model.tokenizer else "no tokenizer"
+    sizes = {"d_model": cfg.d_model, "n_ctx": cfg.n_ctx, "norm": cfg.normalization_type} | layout(model)
     return [
-        Finding("architecture", cfg.architecture),
-        Finding("layers", f"{cfg.n_layers}, of which {local} see a window only" if local else f"{cfg.n_layers}"),
-        Finding("heads a layer", f"{cfg.n_heads} of width {cfg.d_head}, keys of {sizes['n_key_value_heads']}"),
-        Finding("stream, context, vocabulary", f"{cfg.d_model}, {cfg.n_ctx}, {cfg.d_vocab}"),
-        Finding("norm", str(cfg.normalization_type)),
+        Finding(cfg.architecture, ", ".join(f"{key} {value}" for key, value in sizes.items())),
         Finding("first token", f"{first} ({spelled})", first < cfg.d_vocab),
         Finding("folded, because exact", ", ".join(model.folded) or "nothing"),
     ]
 
 
-@torch.no_grad()
-def against_transformers(model: TransformerBridge, name: str, source: Source, tokens: Tokens) -> Finding:
+def near(found: Tensor, expected: Tensor, tolerance: float, unit: str = "nats") -> str:
+    """Assert that two ways to compute the same agree, and say to within what."""
+    torch.testing.assert_close(found.cpu(), expected.cpu(), atol=tolerance, rtol=0)
+    return f"within {tolerance:.0e} {unit}"
+
+
+def against_transformers(name: str, model: TransformerBridge, tokens: Tokens) -> str:
     """The folded bridge beside the plain model of the transformers library."""
-    what = "log-probabilities against transformers"
+    source = resolve(name)
     if model.cfg.architecture == "TransformerLensNative":
-        return Finding(what, "no such model there")
-    if source.kind == "nanogpt":
-        plain = read_nanogpt(Path(source.repo))[0]
-    else:
-        plain = read_hugging_face(model_folder(name, source))
-    expected = log_probs(plain.to(model.cfg.device).eval(), tokens)
-    return _difference(what, log_probs(model, tokens), expected, TOLERANCE, "nats")
+        raise ValueError("there is no such model")
+    nanogpt = source.kind == "nanogpt"
+    plain = read_nanogpt(Path(source.repo))[0] if nanogpt else read_hugging_face(model_folder(name, source))
+    return near(log_probs(model, tokens), log_probs(plain.to(model.cfg.device).eval(), tokens), TOLERANCE)
 
 
-def _difference(what: str, found: Tensor, expected: Tensor, tolerance: float, unit: str) -> Finding:
-    if found.shape != expected.shape:
-        return Finding(what, f"of shape {tuple(found.shape)}, not {tuple(expected.shape)}", False)
-    gap = (found - expected).abs().max().item()
-    right = gap < tolerance  # false for nan
-    return Finding(what, f"within {tolerance:.0e} {unit}" if right else f"{gap:.1e} {unit} apart", right)
-
-
-@torch.no_grad()
-def patterns(model: TransformerBridge, tokens: Tokens) -> Finding:
-    """Whether attention looks back only, within its window, and every row of it sums to one."""
+def patterns(model: TransformerBridge, tokens: Tokens) -> str:
+    """Whether attention looks back only, and every row of it sums to one, or to less where there is a sink."""
     _, cache = model.run_with_cache(tokens, names_filter=lambda hook: hook.endswith("attn.hook_pattern"))
     rows = torch.stack([cache["pattern", layer] for layer in range(model.cfg.n_layers)])
-    if rows.triu(1).abs().max() > 0:
-        return Finding("attention patterns", "later tokens are attended to", False)
-    short = int(((rows.sum(-1) - 1).abs() > 1e-4).any((1, 3)).sum())
-    if (rows < 0).any() or (rows.sum(-1) > 1 + 1e-4).any():
-        return Finding("attention patterns", "rows that are no weights", False)
-    if short and not any("sink" in key for key, _ in model.named_parameters()):
-        return Finding("attention patterns", f"rows of {short} heads do not sum to one", False)
-    rest = "what is left goes to a sink" if short else "rows sum to one"
-    return Finding("attention patterns", f"causal; {rest}", True)
+    assert rows.triu(1).abs().max() == 0, "later tokens are attended to"
+    assert rows.min() >= 0 and rows.sum(-1).max() < 1 + 1e-4, "rows that are no weights"
+    if any("sink" in key for key, _ in model.named_parameters()):
+        return "causal; what is left goes to a sink"
+    assert rows.sum(-1).min() > 1 - 1e-4, "rows do not sum to one"
+    return "causal; rows sum to one"
 
 
-@torch.no_grad()
-def sweeps(model: TransformerBridge, tokens: Tokens) -> list[Finding]:
-    """One layer's effects beside TransformerLens's own hooks, one whole run for each edit."""
-    metric, layer, other = mean_loss(tokens), model.cfg.n_layers // 2, tokens.flip(0)
-    plain = _loss(model, tokens)
+def stock_effects(model: TransformerBridge, tokens: Tokens, hook: str, edit: Callable, n: int) -> Float[Tensor, "p n"]:
+    """What each of `n` edits adds to the mean loss, in nats, by TransformerLens's own hooks: a whole run for each."""
 
-    def stock(hook: str, n: int, edit: Callable) -> Float[Tensor, "prompt item"]:
-        effects = [_loss(model, tokens, [(f"blocks.{layer}.{hook}", edit(i))]) - plain for i in range(n)]
-        return torch.stack(effects, 1)
+    def loss(*hooks):
+        return model.run_with_hooks(tokens, return_type="loss", loss_per_token=True, fwd_hooks=list(hooks)).mean(1)
 
-    def mean_head(head: int):
-        def edit(z, hook):
-            heads = z.reshape(*z.shape[:2], model.cfg.n_heads, -1)  # the library splits narrow values wrongly
-            heads[:, :, head] = heads[:, :, head].mean(0)
-            return heads.view(z.shape)
-
-        return edit
-
-    def at_position(position: int):
-        def edit(resid, hook):
-            resid[:, position] = clean[:, position]
-            return resid
-
-        return edit
-
-    _, cache = model.run_with_cache(other, names_filter=f"blocks.{layer}.hook_resid_pre")
-    clean = cache["resid_pre", layer]
-    return [
-        _measured("sweep: mean ablation of heads", lambda: (
-            ablate_heads(model, tokens, metric, "mean")[:, layer], stock("attn.hook_z", model.cfg.n_heads, mean_head)
-        )),
-        _measured("sweep: patching the stream", lambda: (
-            patch_resid(model, tokens, other, metric)[:, layer], stock("hook_resid_pre", tokens.shape[1], at_position)
-        )),
-    ]  # fmt: skip
+    return torch.stack([loss((hook, partial(edit, i))) for i in range(n)], 1) - loss()[:, None]
 
 
-def _measured(what: str, both: Callable, tolerance: float = 1e-4, unit: str = "nats") -> Finding:
-    """What `both` gives, ours and the other, beside each other."""
-    try:
-        return _difference(what, *both(), tolerance, unit)
-    except Exception as error:
-        last, sentence = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
-        # Helpers refuse in a sentence; all else is a model's code that was called as it cannot be.
-        if Path(last.filename).parent.name == "helpers" and last.line.startswith("raise "):
-            return Finding(what, f"refused: {sentence}")
-        return Finding(what, f"fails with {type(error).__name__}: {sentence[:150]}", False)
+def mean_ablation(model: TransformerBridge, tokens: Tokens) -> str:
+    """The effects of the middle layer's heads beside the library's own."""
+    layer, n_heads = model.cfg.n_layers // 2, model.cfg.n_heads
+
+    def edit(head, z, hook):
+        heads = z.reshape(*z.shape[:2], n_heads, -1)  # the library splits narrow values wrongly
+        heads[:, :, head] = heads[:, :, head].mean(0)
+        return heads.view(z.shape)
+
+    found = ablate_heads(model, tokens, mean_loss(tokens), "mean")[:, layer]
+    return near(found, stock_effects(model, tokens, f"blocks.{layer}.attn.hook_z", edit, n_heads), 1e-4)
 
 
-def _loss(model: TransformerBridge, tokens: Tokens, hooks: Sequence = ()) -> Float[Tensor, "prompt"]:
-    """Mean of -log p(token) of each prompt, by a plain run with hooks."""
-    log_p = model.run_with_hooks(tokens, fwd_hooks=list(hooks)).float().log_softmax(-1)
-    return -log_p[:, :-1].gather(2, tokens[:, 1:, None])[..., 0].mean(1)
+def patching(model: TransformerBridge, tokens: Tokens) -> str:
+    """The effects of the other prompt's stream before the middle layer beside the library's own."""
+    layer, other = model.cfg.n_layers // 2, tokens.flip(0)
+    hook = f"blocks.{layer}.hook_resid_pre"
+    clean = model.run_with_cache(other, names_filter=hook)[1][hook]
+
+    def edit(position, resid, hook):
+        resid[:, position] = clean[:, position]
+        return resid
+
+    found = patch_resid(model, tokens, other, mean_loss(tokens))[:, layer]
+    return near(found, stock_effects(model, tokens, hook, edit, tokens.shape[1]), 1e-4)
 
 
-def attribution(model: TransformerBridge, tokens: Tokens) -> Finding:
+def attribution(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether what heads, MLPs and embeddings write sums to the logit."""
-
-    def both():
-        found = attribute(model, tokens, tokens[:, -1], tokens[:, 0])
-        return found.total(), found.logit
-
-    return _measured("logit attribution", both, 1e-2, "of a logit")
+    found = attribute(model, tokens, tokens[:, -1], tokens[:, 0])
+    return near(found.total(), found.logit, 1e-2, "of a logit")
 
 
-def weights(model: TransformerBridge) -> Finding:
+def weights(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether a head's matrices can be had, with the norms folded in."""
-    cfg = model.cfg
-    try:
-        found = head_weights(model)
-        shapes = [found.W_Q.shape, found.W_O.shape]
-    except Exception as error:  # the library says so in several ways
-        return Finding("weights by head", f"refused: {str(error).split('. ')[0]}")
-    head = (cfg.n_layers, cfg.n_heads)
-    right = shapes == [(*head, cfg.d_model, cfg.d_head), (*head, cfg.d_head, cfg.d_model)]
-    return Finding("weights by head", "there" if right else f"of unexpected shapes {shapes}", right)
-
-
-def notebooks(model: TransformerBridge, source: Source, name: str, findings: list[Finding]) -> list[Finding]:
-    """Which notebooks apply, and why others do not."""
-    refused = {finding.what.split(":")[0] + "s" * finding.what.startswith("sweep"): finding.found
-               for finding in findings if finding.found.startswith("refused") or finding.good is False}  # fmt: skip
-    if not (model.cfg.attn_only and model.cfg.n_layers == 2):
-        refused["two layers of attention alone"] = f"it has {model.cfg.n_layers} layers of {model.cfg.architecture}"
-    if not (source.checkpoints or checkpoints(name)):
-        refused["training checkpoints"] = "none are known"
-    lines = []
-    for notebook in find_notebooks():
-        need = NEEDS.get(notebook.stem.split("_", 1)[1])
-        found = f"without {need}: {refused[need]}" if need in refused else "applies"
-        lines.append(Finding(notebook.stem, found))
-    return lines
-
-
-def run_notebooks(name: str) -> list[Finding]:
-    """Every notebook run to its end, with small sizes, in a folder that is thrown away."""
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = plan([name], find_notebooks(), Path(folder), {}, small=True)
-        ends = run_on(ThisMachine(1), jobs)
-    found = []
-    for job in jobs:
-        end = ends[job.label]
-        good = None if end.not_applicable else not end.error
-        found.append(Finding(f"run of {job.notebook.stem}", end.error or end.not_applicable or "done", good))
-    return found
+    cfg, found = model.cfg, head_weights(model)
+    shape = (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_head)
+    assert found.W_Q.shape == found.W_O.mT.shape == shape, (found.W_Q.shape, found.W_O.shape)
+    return "there"

