@@ -14,6 +14,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from filelock import FileLock
+
 from helpers.catalog import MODELS, ModelUnavailable, Source, converted_folder, hub_folder, resolve
 from helpers.results import write_text
 
@@ -57,14 +59,15 @@ def ensure(name: str) -> Path | None:
     if source.kind not in CONVERTED:
         return None
     folder = converted_folder(name, source)
-    if not _is_whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary) / "model"
-            made.mkdir()
-            (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, made)
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent.with_suffix(".lock")):  # another process may be at it
+        if not _is_whole(folder):
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                made = Path(temporary) / "model"
+                made.mkdir()
+                (_convert_wheel if source.kind == "wheel" else _convert_old_format)(name, source, made)
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
     return folder
 
 
