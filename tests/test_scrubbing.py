@@ -1,7 +1,6 @@
 """The two-layer rewrite against definitions written out in loops, and the identities of scrubbing."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -155,7 +154,7 @@ def direct_logits(state, tokens, text, rows, **parts):
 @pytest.fixture(scope="module")
 def pool(model, prompts):
     with torch.inference_mode():
-        return TextPool(model, prompts.tokens[:, :-1], *HEADS)
+        return TextPool(model, prompts.tokens, *HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +176,7 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_every_path_term_is_the_direct_one(name, state, prompts, pool, rows):
     tokens = prompts.tokens[:, :-1]
-    built = pool.residual(PARTS[name], rows, partial(pool.head_outputs, rows))
+    built = pool.residual(PARTS[name], rows)
     direct = torch.stack(
         [
             torch.stack([direct_residual(state, tokens, t, p, PARTS[name], rows) for p in range(LENGTH)])
@@ -241,7 +240,7 @@ def test_the_fully_scrubbed_input_recovers_nothing_and_the_unscrubbed_one_everyt
 
 def test_offset_masks_sum_to_the_causal_mask(pool, rows):
     every_offset = Rule(X, OTHER, from_x=tuple(range(LENGTH)))
-    rebuilt = pool.residual(Input(X, every_offset), rows, partial(pool.head_outputs, rows))
+    rebuilt = pool.residual(Input(X, every_offset), rows)
     assert (rebuilt - pool.on_x).abs().max() < 1e-5
     masks = sum(torch.ones(LENGTH, LENGTH).tril(-m).triu(-m) for m in range(LENGTH))
     assert torch.equal(masks, torch.ones(LENGTH, LENGTH).tril())
@@ -262,10 +261,13 @@ def test_a_kind_is_drawn_from_a_text_of_the_same_kind_there_or_else_is_the_other
     assert torch.equal(rows["itself"][:, 1], rows[OTHER][:, 1]) and rows["itself"][2, 0] == rows[OTHER][2, 0]
 
 
-def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts):
-    one, two = (scrubbing.scrub(model, prompts, HYPOTHESES[:1], *HEADS, pool_size=n) for n in (64, 3))
+def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts, monkeypatch):
+    tokens = prompts.tokens.repeat(2, 1)
+    one = scrubbing.scrub(model, Prompts(tokens, tokens[:, -1]), HYPOTHESES[:1], *HEADS)
+    monkeypatch.setattr(scrubbing, "POOL_SIZE", 3)
+    two = scrubbing.scrub(model, Prompts(tokens, tokens[:, -1]), HYPOTHESES[:1], *HEADS)
     assert torch.allclose(one.model_loss, two.model_loss, atol=1e-6)
-    assert two.scrubbed_loss.shape == (3, 4, N_TEXTS)
+    assert two.scrubbed_loss.shape == (3, 4, 2 * N_TEXTS)
 
 
 def test_a_model_without_norms(prompts):
