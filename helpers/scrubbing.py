@@ -108,8 +108,7 @@ def contexts(texts: Int[Tensor, "text pos"], allowed: Bool[Tensor, "d_vocab"], l
             found.append(torch.cat([text[:1], text[end - length + 2 : end + 2]]))
     if not found:
         raise ValueError(f"none of {len(texts)} texts has an allowed token at position {length - 1} or later")
-    tokens = torch.stack(found).to(texts.device)
-    return Prompts(tokens, tokens[:, -1])
+    return Prompts(torch.stack(found).to(texts.device))
 
 
 @torch.inference_mode()

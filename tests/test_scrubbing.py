@@ -83,7 +83,7 @@ def model(state):
 def prompts():
     tokens = torch.randint(1, D_VOCAB, (N_TEXTS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     tokens[:, 0] = 0
-    return Prompts(tokens, tokens[:, -1])
+    return Prompts(tokens)
 
 
 # ---- the definition, written out ----
@@ -221,7 +221,7 @@ def test_silence_is_zero_ablation(model, prompts):
 
 def test_x_for_x_prime_recovers_everything(model, prompts):
     twins = prompts.tokens[:1].expand(4, -1)
-    result = scrubbing.scrub(model, Prompts(twins, twins[:, -1]), HYPOTHESES, *HEADS, KINDS)
+    result = scrubbing.scrub(model, Prompts(twins), HYPOTHESES, *HEADS, KINDS)
     assert (result.scrubbed_loss - result.model_loss).abs().max() < 1e-5
     assert (result.resampled_loss - result.model_loss).abs().max() < 1e-5
 
@@ -263,9 +263,9 @@ def test_a_kind_is_drawn_from_a_text_of_the_same_kind_there_or_else_is_the_other
 
 def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts, monkeypatch):
     tokens = prompts.tokens.repeat(2, 1)
-    one = scrubbing.scrub(model, Prompts(tokens, tokens[:, -1]), HYPOTHESES[:1], *HEADS)
+    one = scrubbing.scrub(model, Prompts(tokens), HYPOTHESES[:1], *HEADS)
     monkeypatch.setattr(scrubbing, "POOL_SIZE", 3)
-    two = scrubbing.scrub(model, Prompts(tokens, tokens[:, -1]), HYPOTHESES[:1], *HEADS)
+    two = scrubbing.scrub(model, Prompts(tokens), HYPOTHESES[:1], *HEADS)
     assert torch.allclose(one.model_loss, two.model_loss, atol=1e-6)
     assert two.scrubbed_loss.shape == (3, 4, 2 * N_TEXTS)
 
@@ -298,7 +298,7 @@ def test_recovered_is_a_share_of_what_silence_loses_or_resampling():
 
 def test_bad_input_is_refused_by_name(model, prompts):
     with pytest.raises(ValueError, match="1 text"):
-        scrubbing.scrub(model, Prompts(prompts.tokens[:1], prompts.answers[:1]), HYPOTHESES, *HEADS)
+        scrubbing.scrub(model, Prompts(prompts.tokens[:1]), HYPOTHESES, *HEADS)
     state = {key: weight for key, weight in random_state().items() if "blocks.1" not in key}
     one_layer = models.build_shortformer({**CONFIG, "n_layers": 1}, state, "one")
     assert scrubbing.why_not(model) == ""
@@ -399,7 +399,7 @@ def table_of_the_post(state, tokens, answers, other, typical):
 def test_the_table_agrees_with_an_evaluator_written_from_the_post(state):
     exact = models.build_shortformer(CONFIG, state, "double").eval().requires_grad_(False).double()
     tokens = torch.randint(1, D_VOCAB, (40, 13), generator=torch.Generator().manual_seed(2))
-    result = scrubbing.scrub(exact, Prompts(tokens, tokens[:, -1]), HYPOTHESES, *HEADS, KINDS, n_pairings=1)
+    result = scrubbing.scrub(exact, Prompts(tokens), HYPOTHESES, *HEADS, KINDS, n_pairings=1)
     rows = scrubbing.draw_rows(tokens[:, :-1], KINDS, torch.Generator().manual_seed(0))
     expected = table_of_the_post(state, tokens[:, :-1], tokens[:, -1], rows[OTHER][:, 0], rows["typical"])
     assert (result.recovered(from_silence=False).mean(0) - expected).abs().max() < 3e-7
