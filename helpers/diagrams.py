@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots import PALETTE, subplots
+from helpers.plots import BESIDE, PALETTE, subplots
 
 
 def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
@@ -13,28 +13,20 @@ def circuit(edges: pd.DataFrame, title: str = "") -> Figure:
     `edges` has the columns sender, receiver (head names), through ("Q", "K" or "V") and effect_nats. Without
     edges the figure says so.
     """
-    if edges.empty:
-        figure, axis = subplots(figsize=(6, 1.2))
-        _text(axis, "no edge is clear of zero", (0.5, 0.5), size=11, ha="center")
-        axis.set(title=title)
-        return figure
-    ends = edges.sort_values(["receiver", "effect_nats"], ascending=[True, False], ignore_index=True)
-    ends["y"] = -ends.index - 0.6 * ends.groupby("receiver").ngroup()
-    heights = ends.groupby("receiver")["y"].mean().to_dict()
-    senders = ends.loc[~ends["sender"].isin([*heights])].groupby("sender")["y"].mean().sort_values().index
-    heights |= dict(zip(senders, np.linspace(ends["y"].min(), ends["y"].max(), len(senders) + 2)[1:-1]))
-    layer = {name: int(name[1:].split("H")[0]) for name in heights}
-    place = {name: (2 * sorted({*layer.values()}).index(layer[name]), y) for name, y in heights.items()}
-    width = max(x for x, _ in place.values())
-    figure, axis = subplots(figsize=(min(5.3 + 0.9 * width, 13), 1.2 + 0.4 * len(ends)))
-    boxes = {name: _box(axis, name, place[name]) for name in place}
-    for edge in ends.itertuples():
-        sender, receiver, colour = boxes[edge.sender], boxes[edge.receiver], PALETTE["QKV".index(edge.through)]
-        size, label_at = 0.8 + 5 * edge.effect_nats / ends["effect_nats"].max(), (receiver.xy[0] - 0.67, edge.y)
-        axis.plot(*zip(sender.xy, label_at), color=colour, lw=size, zorder=0)
-        label = _text(axis, f"{edge.through} {edge.effect_nats:.2f}", label_at, size=9, ha="center", color=colour)
-        _arrow(axis, label, receiver, colour, size)
-    axis.set(title=title, xlim=(-0.5, width + 0.5), ylim=(ends["y"].min() - 0.8, 0.8))
+    heads = sorted({*edges["sender"], *edges["receiver"]}, key=lambda name: [int(i) for i in name[1:].split("H")])
+    layers = list(dict.fromkeys(name.split("H")[0] for name in heads))
+    figure, axis = subplots(figsize=(9, 1.5 + 0.4 * len(heads)))
+    boxes = {name: _box(axis, name, (layers.index(name.split("H")[0]), -row)) for row, name in enumerate(heads)}
+    for edge in edges.itertuples():
+        kind, width = "QKV".index(edge.through), 0.8 + 5 * edge.effect_nats / edges["effect_nats"].max()
+        apart = {"connectionstyle": f"arc3,rad={0.15 * (kind - 1)}"}  # Q, K and V of one pair
+        _arrow(axis, boxes[edge.sender], boxes[edge.receiver], PALETTE[kind], width, **apart)
+    for colour, through in zip(PALETTE, "QKV"):
+        axis.plot([], [], color=colour, label=through)
+    axis.legend(**BESIDE)
+    axis.set(title=title, xlim=(-0.5, max(len(layers), 1) - 0.5), ylim=(-len(heads), 1))
+    if not heads:
+        _text(axis, "no edge is clear of zero", (0, 0.5), size=11, ha="center")
     return figure
 
 
@@ -43,10 +35,11 @@ def _text(axis, text, place, **style):
     return axis.annotate(text, place, va="center", **{"bbox": {"fc": "white", "ec": "none", "pad": 1}} | style)
 
 
-def _arrow(axis, source, target, colour, width):
+def _arrow(axis, source, target, colour, width, **style):
     """From one text to another, both drawn before: a box drawn later would hide the arrow's head."""
     clip = {"patchA": source.get_bbox_patch(), "patchB": target.get_bbox_patch(), "shrinkB": 2}
-    axis.annotate("", target.xy, source.xy, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": width} | clip)
+    arrow = {"arrowstyle": "-|>", "color": colour, "lw": width} | clip | style
+    axis.annotate("", target.xy, source.xy, arrowprops=arrow)
 
 
 def _box(axis, text, place, colour="0.4", width=1.0):

@@ -1,7 +1,6 @@
 """Static figures in one look. Functions take tensors and tables, never models, and give the matplotlib figure back."""
 
 import re
-from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,15 +8,14 @@ import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from helpers.stats import head_table
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # both readable with the common colour blindnesses
 PALETTE = sns.color_palette("colorblind")
-DASHES = ("-", "-", "--", "-.", ":", (0, (7, 1, 1, 1)))  # of lines that may lie on each other, in their order
+DASHES = ("-", "--", "-.", ":")
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}  # a legend at the right of the axes
 
 
@@ -34,12 +32,12 @@ def subplots(*args, **kwargs):
     return figure, axes
 
 
-def _limits(values, diverging: bool, top: float | None = None) -> dict:
-    """Colours: effects symmetric about 0, shares and scores from 0 to 1, other quantities from 0 to `top`."""
+def _limits(values, diverging: bool) -> dict:
+    """Colours: effects symmetric about 0, shares and scores from 0 to 1, other quantities from 0 to their largest."""
     if diverging:
         reach = float(np.nanmax(np.abs(values))) or 1.0
         return {"vmin": -reach, "vmax": reach, "cmap": DIVERGING}
-    return {"vmin": 0, "vmax": top or 1.0, "cmap": SEQUENTIAL}
+    return {"vmin": 0, "vmax": max(1.0, float(np.nanmax(values))), "cmap": SEQUENTIAL}
 
 
 def _array(values) -> np.ndarray:
@@ -92,24 +90,21 @@ def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: st
 
 def pattern(attention: Float[Tensor, "query key"], title: str, labels=None, stripe: int | None = None) -> Figure:
     """One head's attention pattern; `stripe` marks the diagonal at that offset, from the second token of r on."""
-    figure = matrices(
-        {title: attention}, "key position (attended to)", "query position", "attention (probability)",
-        ticks=(labels, labels) if labels else None, size=5.4,
-    )  # fmt: skip
+    ticks = (labels, labels) if labels else None
+    names = ("key position (attended to)", "query position", "attention (probability)")
+    figure = matrices({title: attention}, *names, ticks=ticks)
     if stripe is not None:
         keys = np.arange(2, attention.shape[-1] - stripe) + 0.5
         figure.axes[0].plot(keys, keys + stripe, "o", ms=3.5, mfc="white", mec="black", mew=0.6)
     return figure
 
 
-def matrices(
-    panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None, size=3.8
-) -> Figure:
+def matrices(panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None) -> Figure:
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
     panels = {title: _array(matrix) for title, matrix in panels.items()}
-    values, n = np.concatenate([matrix.ravel() for matrix in panels.values()]), len(panels)
-    limits = _limits(values, diverging, max(1.0, float(np.nanmax(values))))
-    figure, axes = subplots(1, n, figsize=(size * n + 1, size), squeeze=False)
+    limits = _limits(np.concatenate([matrix.ravel() for matrix in panels.values()]), diverging)
+    size = 5.4 if len(panels) == 1 else 3.4
+    figure, axes = subplots(1, len(panels), figsize=(size * len(panels) + 1, size), squeeze=False)
     for axis, (title, matrix) in zip(axes[0], panels.items()):
         columns, rows = ticks or map(_every, matrix.shape[::-1])
         square = 0.5 < matrix.shape[0] / matrix.shape[1] < 2
@@ -125,39 +120,24 @@ def matrices(
 
 
 def curve(
-    lines: dict[str, tuple], xlabel: str, ylabel: str, title="", marks: dict | None = None, log_x=False, log_y=False
+    lines: dict[str, tuple], xlabel: str, ylabel: str, title="", marks: dict | None = None, log_x=False
 ) -> Figure:
-    """Lines `{name: (x, mean)}` or `{name: (x, mean, low, high)}`; `marks` are vertical lines, named above.
-
-    x may be names; two or three of them are no way from one to the other, and are drawn as points.
-    """
+    """Lines `{name: (x, mean)}` or `{name: (x, mean, low, high)}` over numbers or names; `marks` are vertical lines."""
     figure, axis = subplots(figsize=(8.5, 4.2))
-    names = next(iter(lines.values()))[0]
-    named = isinstance(names[0], str)
-    few = named and len(names) < 4
     for i, (name, (x, mean, *interval)) in enumerate(lines.items()):
-        later = len(lines) - 1 - i  # lines drawn later are thinner, so that none is hidden
-        style = {"ls": "", "marker": "o", "ms": 6 + 1.5 * later} if few else {"ls": DASHES[i % len(DASHES)]}
-        (line,) = axis.plot(x, mean, label=name, lw=1.8 + 0.5 * later, **style)
+        style = DASHES[i % len(DASHES)]  # one line may lie on another
+        axis.plot(x, mean, label=name, ls=style, marker="o" if isinstance(x[0], str) else "")
         if interval:
-            (axis.vlines if few else axis.fill_between)(x, *interval, alpha=0.3, color=line.get_color(), lw=5 * few)
-    for log, scaled, ticks in ((log_x, axis.set_xscale, axis.xaxis), (log_y, axis.set_yscale, axis.yaxis)):
-        if log:  # plain numbers
-            scaled("log")
-            ticks.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-    if not (named or log_x) and all(isinstance(i, int) for i in names):
-        axis.xaxis.get_major_locator().set_params(integer=True)  # no half of a head
-    if named:
-        shown = range(0, len(names), _every(len(names)))
-        tilt = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        crowded = len(shown) * max(len(names[i]) for i in shown) > 60
-        axis.set_xticks(shown, [names[i] for i in shown], **(tilt if crowded else {}))
-        axis.margins(x=0.3 if few else 0.05)
-    if marks:
-        for x in marks.values():
-            axis.axvline(x, color="0.4", ls="--", lw=1)
-        above = axis.secondary_xaxis("top", frame_on=False)
-        above.set_xticks([*marks.values()], [*marks], rotation=30, ha="left", size=9)
+            axis.fill_between(x, *interval, alpha=0.3)
+    if log_x:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+    elif isinstance(x[0], str | int):
+        axis.xaxis.set_major_locator(MaxNLocator(15, integer=True))  # of many names some; no half of a head
+        axis.tick_params(axis="x", rotation=90 if isinstance(x[0], str) and len(x) > 8 else 0)
+    for name, at in (marks or {}).items():
+        axis.axvline(at, color="0.4", ls="--", lw=1)
+        axis.text(at, 0.98, name, transform=axis.get_xaxis_transform(), rotation=90, ha="right", va="top", size=9)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(lines) > 1:
         axis.legend(**BESIDE)
@@ -166,22 +146,19 @@ def curve(
 
 
 def scatter(x, y, xlabel: str, ylabel: str, title="", names: dict | None = None) -> Figure:
-    """Points, some of them named (`{index: name}`) at the right, each by a line; dashed is x = y if units agree."""
-    x, y = _array(x), _array(y)
+    """Points, some of them named (`{index: name}`) by a legend; dashed is x = y if units agree."""
     figure, axis = subplots(figsize=(8.5, 4.6))
-    axis.scatter(x, y, s=22, color=PALETTE[0])
+    names = names or {}
+    named = [names.get(i, "_") for i in range(len(x))]  # no legend shows what begins with an underscore
+    order = ["_", *names.values()]
+    levels = {"hue": named, "style": named, "hue_order": order, "style_order": order, "legend": bool(names)}
+    sns.scatterplot(x=_array(x), y=_array(y), s=50, ax=axis, **levels)
     axis.axhline(0, color="0.7", lw=1)
     if (unit := re.search(r"\(.*\)$", xlabel)) and ylabel.endswith(unit[0]):
         axis.axline((0, 0), slope=1, color="0.7", ls="--")
-    order = sorted(names or {}, key=lambda i: y[i])
-    apart = np.arange(len(order)) / max(len(order), 17)  # each name at its point's height, or as near as there is room
-    heights = np.maximum.accumulate(axis.transLimits.transform(np.c_[x, y][order])[:, 1] - apart) + apart
-    for place, i in zip(np.minimum(heights, 0.97 - apart[::-1]), order):
-        axis.annotate(
-            names[i], (x[i], y[i]), (1.03, place), textcoords="axes fraction", va="center", size=9,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.6},
-        )  # fmt: skip
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if names:
+        axis.legend(**BESIDE)
     sns.despine(figure)
     return figure
 
@@ -189,23 +166,20 @@ def scatter(x, y, xlabel: str, ylabel: str, title="", names: dict | None = None)
 def token_strip(tokens: list[str], values: Float[Tensor, "pos"], label: str, title="", per_row=16) -> Figure:
     """Tokens as a strip of coloured cells, each showing its text: the static token view.
 
-    Raises:
-        ValueError: there is not one value a token.
+    Raises ValueError where there is not one value a token.
     """
     values = _array(values)
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} values for {len(tokens)} tokens")
-    rows, empty = -(-len(tokens) // per_row), -len(tokens) % per_row
+    shape, empty = (-(-len(tokens) // per_row), per_row), -len(tokens) % per_row
     fits = 112 // per_row  # characters in a cell
     texts = [t if len(t) <= fits else t[: fits - 1] + "…" for t in map(visible, tokens)] + [""] * empty
-    padded = np.append(values, [np.nan] * empty)
     usual = np.clip(values, *np.quantile(values, [0.01, 0.99]))  # one extreme token would leave the others pale
-    bar = {"label": label, "extend": "both" if (values < 0).any() else "max"}
-    figure, axis = subplots(figsize=(12, 0.55 * rows + 1.2))
+    figure, axis = subplots(figsize=(12, 0.55 * shape[0] + 1.2))
     sns.heatmap(
-        padded.reshape(rows, per_row), ax=axis, annot=np.array(texts).reshape(rows, per_row), fmt="",
+        np.append(values, [np.nan] * empty).reshape(shape), ax=axis, annot=np.array(texts).reshape(shape), fmt="",
         annot_kws={"size": 10, "family": "monospace", "parse_math": False}, linewidths=0.5, xticklabels=False,
-        yticklabels=False, cbar_kws=bar, **_limits(usual, bool((values < 0).any()), float(usual.max())),
+        yticklabels=False, cbar_kws={"label": label, "extend": "both"}, **_limits(usual, bool((values < 0).any())),
     )  # fmt: skip
     axis.set(title=title)
     return figure
@@ -217,15 +191,8 @@ def spaced(token: str) -> str:
 
 
 def visible(token: str) -> str:
-    """`spaced` for a figure: a run of spaces is counted, and a letter that the fonts lack is an empty box."""
-    counted = re.sub("·{3,}", lambda run: f"·×{len(run[0])}", spaced(token))
-    return "".join(c if ord(c) in _letters() else "▯" for c in counted)
-
-
-@cache
-def _letters() -> frozenset[int]:
-    fonts = (get_font(findfont(name)) for name in ("DejaVu Sans", "DejaVu Sans Mono"))
-    return frozenset.intersection(*(frozenset(font.get_charmap()) for font in fonts))
+    """`spaced` for a figure, where a letter of a script that the fonts lack is an empty box."""
+    return re.sub(r"[^ -~¡-ſΣ-ωА-я–—‘-”…⏎⇥]", "▯", spaced(token))
 
 
 def estimates(kept: dict[str, dict[str, dict]], label: str, title: str = "") -> Figure:
