@@ -9,7 +9,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.prompts import python_source, repeated_tokens
-from helpers.stats import progress, rows_at_a_time
 
 Pattern = Float[Tensor, "batch head query key"]
 Score = Float[Tensor, "batch head"]
@@ -20,9 +19,7 @@ def induction_score(pattern: Pattern, length: int) -> Score:
 
     For [BOS, r, r] with |r| = length: mean of A[q, q - (length - 1)] over q in the second copy.
     Olsson et al. 2022, appendix, prefix matching (with the +1 erratum), for one repetition.
-
-    Raises:
-        ValueError: the pattern is not that of [BOS, r, r].
+    Raises ValueError where the pattern is not that of [BOS, r, r].
     """
     if pattern.shape[-1] != 2 * length + 1:
         raise ValueError(f"a pattern over {pattern.shape[-1]} tokens is not one of [BOS, r, r], |r| = {length}")
@@ -43,9 +40,7 @@ def previous_token_score(pattern: Pattern) -> Score:
 
 def duplicate_token_score(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) -> Score:
     """Mean attention on earlier tokens equal to the query's, over queries that have one.
-
-    Raises:
-        ValueError: a prompt has no repeated token, so the mean is over nothing.
+    Raises ValueError where a prompt has no repeated token, so the mean is over nothing.
     """
     return _mean_on(pattern, (tokens[:, :, None] == tokens[:, None, :]).tril(-1))
 
@@ -55,9 +50,7 @@ def prefix_matching_score(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) ->
 
     On [BOS, r, r] without repeats in r this is `induction_score`; it needs no known length, so
     it also reads natural text. Source: Olsson et al. 2022, appendix, prefix matching.
-
-    Raises:
-        ValueError: a prompt has no repeated token.
+    Raises ValueError where a prompt has no repeated token.
     """
     same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
     return _mean_on(pattern, F.pad(same, (1, 0))[..., :-1])
@@ -76,30 +69,16 @@ def bos_score(pattern: Pattern) -> Score:
 
 
 def score_heads(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "batch pos"],
-    score: Callable[..., Score],
-    chunk: int | None = None,
-    with_tokens: bool = False,
+    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], score: Callable[[Pattern], Score]
 ) -> Float[Tensor, "batch layer head"]:
-    """Apply `score(pattern)`, or `score(pattern, tokens)`, to every head, a layer and a few prompts at a time.
-
-    Patterns are reduced inside the hook, so memory does not grow with the number of layers.
-
-    Raises:
-        ValueError: the batch is empty.
-    """
-    if tokens.numel() == 0:
-        raise ValueError(f"empty batch of shape {tuple(tokens.shape)}")
+    """`score(pattern)` of every head; patterns are reduced inside the hook, so that one layer's are held at a time."""
+    found: dict[str, Score] = {}
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    scores: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = [(name, lambda pattern, hook: found.update({hook.name: score(pattern).float().cpu()})) for name in names]
+    hooks.append(("unembed.hook_in", lambda resid, hook: resid[:, :1]))  # half of Gemma's time is unembedding
     with torch.inference_mode():
-        for part in progress(tokens.split(chunk or rows_at_a_time(tokens)), "scores"):
-            extra = (part,) if with_tokens else ()
-            hooks = [(n, lambda p, hook, t=extra: scores[hook.name].append(score(p, *t).float().cpu())) for n in names]
-            hooks.append(("unembed.hook_in", lambda resid, hook: resid[:, :1]))  # half of Gemma's time is unembedding
-            model.run_with_hooks(part, fwd_hooks=hooks, return_type=None)
-    return torch.stack([torch.cat(scores[name]) for name in names], dim=1)
+        model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
+    return torch.stack([found[name] for name in names], dim=1)
 
 
 def strongest(samples: Float[Tensor, "sample layer head"]) -> tuple[int, int]:

@@ -30,9 +30,7 @@ def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) 
 
     From 20 samples the percentile bootstrap (Efron & Tibshirani 1993, chapter 13); from 5 the t
     interval, since the bootstrap is too narrow there; below 5 the smallest and largest sample.
-
-    Raises:
-        ValueError: there is no sample, or a sample is not finite.
+    Raises ValueError where there is no sample, or a sample is not finite.
     """
     values = _finite(values)
     n, mean = len(values), values.mean(0)
@@ -53,9 +51,7 @@ def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0)
     From 20 samples the half-width is the quantile, over bootstrap draws, of the largest studentised
     error of any member (Westfall & Young 1993, "Resampling-Based Multiple Testing"); below 20, where
     that is too wide, the t interval at 0.05 over the number of members (Dunn 1961).
-
-    Raises:
-        ValueError: there are fewer than 5 samples, or a sample is not finite.
+    Raises ValueError where there are fewer than 5 samples, or a sample is not finite.
     """
     values = _finite(values)
     n, mean, spread = len(values), values.mean(0), values.std(0)
@@ -92,11 +88,11 @@ def _finite(values) -> np.ndarray:
     return values
 
 
-def estimate(values, **kwargs) -> dict:
+def estimate(values) -> dict:
     """`{"mean", "low", "high", "n"}` of samples, and the "values" themselves where they are fewer than 5."""
     values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     values = np.asarray(values, dtype=np.float64).ravel()
-    mean, low, high = map(float, bootstrap_interval(values, **kwargs))
+    mean, low, high = map(float, bootstrap_interval(values))
     few = {"values": values.tolist()} if len(values) < 5 else {}
     return {"mean": mean, "low": low, "high": high, "n": len(values)} | few
 
@@ -123,14 +119,9 @@ def progress(steps: Iterable, what: str) -> Iterable:
     return tqdm(steps, desc=what, delay=3, leave=False)
 
 
-def rows_at_a_time(tokens: Int[Tensor, "batch pos"]) -> int:
-    """How many prompts to run together: larger activations are slower, each being allocated anew."""
-    return max(1, 1024 // tokens.shape[1])
-
-
 def token_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_1"]:
     """-log p of every token but the first, in nats; entry i is the loss on token i + 1."""
-    parts = progress(tokens.split(rows_at_a_time(tokens)), "losses")
+    parts = progress(tokens.split(max(1, 1024 // tokens.shape[1])), "losses")  # logits of all tokens are large
     with torch.inference_mode():
         return torch.cat([model(part, return_type="loss", loss_per_token=True) for part in parts])
 
@@ -142,9 +133,7 @@ def in_context_score(
 
     With a window, each end is the mean over that many tokens to either side: a single token of
     a few texts is mostly noise. Source: Olsson et al. 2022, "Models' in-context learning score".
-
-    Raises:
-        ValueError: the texts end before token `late + window`, or begin after token `early - window`.
+    Raises ValueError where the texts end before token `late + window`, or begin after token `early - window`.
     """
     if losses.shape[1] < late + window or early <= window:
         raise ValueError(f"texts of {losses.shape[1] + 1} tokens have no token {late + window} or {early - window}")

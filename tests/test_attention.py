@@ -83,18 +83,10 @@ def test_previous_token_score_agrees_with_detect_head(two_layers):
 def test_score_heads_equals_the_cache(architecture, tiny):
     model = tiny(architecture)
     tokens = prompts.repeated_tokens(model, length=9, batch=5, seed=0)
-    found = attention.score_heads(model, tokens, lambda p: attention.induction_score(p, 9), chunk=2)
+    found = attention.score_heads(model, tokens, lambda p: attention.induction_score(p, 9))
     _, cache = model.run_with_cache(tokens)
     expected = torch.stack([attention.induction_score(cache["pattern", i], 9) for i in range(model.cfg.n_layers)], 1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_tokens_follow_their_patterns_through_chunks(tiny):
-    model = tiny("shortformer")
-    tokens = torch.cat([prompts.repeated_tokens(model, 9, 4, seed) for seed in (0, 1)])
-    in_chunks = attention.score_heads(model, tokens, attention.duplicate_token_score, chunk=3, with_tokens=True)
-    whole = attention.score_heads(model, tokens, attention.duplicate_token_score, chunk=8, with_tokens=True)
-    torch.testing.assert_close(in_chunks, whole)
 
 
 def test_samples_pool_prompts_over_seeds(two_layers):
@@ -104,10 +96,8 @@ def test_samples_pool_prompts_over_seeds(two_layers):
     torch.testing.assert_close(samples[2:], alone)
 
 
-def test_wrong_input_is_named(tiny):
+def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="13 tokens"):
         attention.induction_score(INDUCTION, L + 1)
     with pytest.raises(ValueError, match="prompt 1 has no repeated"):
         attention.duplicate_token_score(INDUCTION.repeat(2, 1, 1, 1), torch.cat([TOKENS, torch.arange(N)[None]]))
-    with pytest.raises(ValueError, match="empty batch"):
-        attention.score_heads(tiny("shortformer"), torch.zeros(0, 5, dtype=torch.long), attention.bos_score)
