@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import composition_scores
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,7 @@ def composition(first: FactoredMatrix, second: FactoredMatrix) -> Float[Tensor, 
     `first` is OV; `second` is QK for Q-composition, QK.T for K-composition, OV for V-composition.
     Source: Elhage et al. 2021, section "Composition".
     """
-    left, right = first.collapse_l(), second.collapse_r()
-    norms = left.norm(dim=(-2, -1))[:, :, None, None] * right.norm(dim=(-2, -1))
+    layers = torch.arange(len(first.A), device=first.A.device)
     # One layer at a time, so that memory grows with heads, not with pairs times d_model.
-    products = [torch.einsum("him,lkmj->hlkij", layer, right).norm(dim=(-2, -1)) for layer in left]
-    layers = torch.arange(len(left), device=norms.device)
-    return (torch.stack(products) / norms).masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)
+    scores = torch.stack([composition_scores(FactoredMatrix(*ab), second) for ab in zip(first.A, first.B)])
+    return scores.masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)
