@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -36,36 +35,6 @@ def offset_score(pattern: Pattern, offset: int, first_query: int | None = None) 
 def previous_token_score(pattern: Pattern) -> Score:
     """Mean of A[q, q - 1] over all queries but the first."""
     return offset_score(pattern, 1)
-
-
-def duplicate_token_score(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) -> Score:
-    """Mean attention on earlier tokens equal to the query's, over queries that have one.
-    Raises ValueError where a prompt has no repeated token, so the mean is over nothing.
-    """
-    return _mean_on(pattern, (tokens[:, :, None] == tokens[:, None, :]).tril(-1))
-
-
-def prefix_matching_score(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) -> Score:
-    """Mean attention on tokens that followed an earlier occurrence of the query's token.
-
-    On [BOS, r, r] without repeats in r this is `induction_score`; it needs no known length, so
-    it also reads natural text. Source: Olsson et al. 2022, appendix, prefix matching.
-    Raises ValueError where a prompt has no repeated token.
-    """
-    same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
-    return _mean_on(pattern, F.pad(same, (1, 0))[..., :-1])
-
-
-def _mean_on(pattern: Pattern, mask: Bool[Tensor, "batch query key"]) -> Score:
-    n_queries = mask.any(-1).sum(-1)
-    if (n_queries == 0).any():
-        raise ValueError(f"prompt {int((n_queries == 0).nonzero()[0])} has no repeated token")
-    return (pattern * mask[:, None]).sum((-2, -1)) / n_queries[:, None]
-
-
-def bos_score(pattern: Pattern) -> Score:
-    """Mean attention on position 0 over all queries but the first."""
-    return pattern[..., 1:, 0].mean(-1)
 
 
 def score_heads(

@@ -190,23 +190,20 @@ class TextPool:
 
     def residual(self, built: Input, rows: Rows) -> Float[Tensor, "text pos d_model"]:
         """The residual stream before layer 1 that an input is projected from."""
-        z = self.head_outputs(built.rest, rows, range(self.model.cfg.n_heads))
-        for role, rule in built.roles:
-            z[:, self.roles[role]] = self.head_outputs(rule, rows, self.roles[role])
+        z = torch.empty_like(self.v.transpose(1, 2))  # [text, head, pos, d_head]
+        fed = [(built.rest, range(self.model.cfg.n_heads)), *((rule, self.roles[role]) for role, rule in built.roles)]
+        for rule, heads in fed:
+            head = torch.tensor(heads, device=z.device)[:, None]
+            pattern = self.pattern[rows[rule.pattern][:, None], head, self.positions]  # [text, head, query, key]
+            on_x, values = (self.v[rows[of][:, None], self.positions, head] for of in (X, rule.values))
+            given = pattern @ values
+            for offset in rule.from_x:
+                weight = pattern.diagonal(-offset, 2, 3)[..., None]  # of queries from `offset` on
+                weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
+                given[:, :, offset:] += weight * (on_x - values)[:, :, : len(self.positions) - offset]
+            z[:, heads] = given
         embedding = self.embedding[rows[built.embedding], self.positions]
         return embedding + z.transpose(1, 2).flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
-
-    def head_outputs(self, rule: Rule, rows: Rows, heads: Sequence[int]) -> Float[Tensor, "text head pos d_head"]:
-        """z of layer-0 heads under a rule."""
-        head = torch.tensor(heads, device=self.positions.device)[:, None]
-        pattern = self.pattern[rows[rule.pattern][:, None], head, self.positions]  # [text, head, query, key]
-        on_x, values = (self.v[rows[of][:, None], self.positions, head] for of in (X, rule.values))
-        z = pattern @ values
-        for offset in rule.from_x:
-            weight = pattern.diagonal(-offset, 2, 3)[..., None]  # of queries from `offset` on
-            weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
-            z[:, :, offset:] += weight * (on_x - values)[:, :, : len(self.positions) - offset]
-        return z
 
     def project(self, kind: str, residual: Float[Tensor, "text pos d_model"]) -> Float[Tensor, "text head pos d_head"]:
         """Queries, keys or values of the induction heads from the residual stream before them."""

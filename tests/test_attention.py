@@ -18,34 +18,23 @@ def look(keys):
 
 INDUCTION = look(torch.where(QUERIES > L, QUERIES - (L - 1), 0))
 PREVIOUS = look(QUERIES - 1)
-DUPLICATE = look(torch.where(QUERIES > L, QUERIES - L, 0))
 RESTING = look(torch.zeros(N, dtype=torch.long))
 UNIFORM = (torch.ones(N, N).tril() / torch.arange(1, N + 1)[:, None])[None, None]
-TOKENS = torch.cat([torch.tensor([0]), torch.arange(1, L + 1), torch.arange(1, L + 1)])[None]
 
 
 @pytest.mark.parametrize(
-    "pattern, induction, previous, duplicate, bos",
-    [
-        # Whoever rests on BOS looks one back at query 1.
-        (INDUCTION, 1, 1 / (N - 1), 0, L / (N - 1)),
-        (PREVIOUS, 0, 1, 0, 1 / (N - 1)),
-        (DUPLICATE, 0, 1 / (N - 1), 1, L / (N - 1)),
-        (RESTING, 0, 1 / (N - 1), 0, 1),
-    ],
+    "pattern, induction, previous",
+    # Whoever rests on BOS looks one back at query 1.
+    [(INDUCTION, 1, 1 / (N - 1)), (PREVIOUS, 0, 1), (RESTING, 0, 1 / (N - 1))],
 )
-def test_perfect_heads_score_exactly(pattern, induction, previous, duplicate, bos):
+def test_perfect_heads_score_exactly(pattern, induction, previous):
     assert attention.induction_score(pattern, L).item() == induction
-    assert attention.prefix_matching_score(pattern, TOKENS).item() == induction
     assert attention.previous_token_score(pattern).item() == pytest.approx(previous)
-    assert attention.duplicate_token_score(pattern, TOKENS).item() == duplicate
-    assert attention.bos_score(pattern).item() == pytest.approx(bos)
 
 
 def test_uniform_attention_scores_its_harmonic_mean():
     expected = sum(1 / (q + 1) for q in range(L + 1, N)) / L
     assert attention.induction_score(UNIFORM, L).item() == pytest.approx(expected)
-    assert attention.duplicate_token_score(UNIFORM, TOKENS).item() == pytest.approx(expected)
 
 
 def test_a_mixture_scores_its_share():
@@ -57,15 +46,6 @@ def test_a_mixture_scores_its_share():
 def test_heads_and_prompts_stay_apart():
     stacked = torch.cat([torch.cat([INDUCTION, PREVIOUS], 1), torch.cat([RESTING, INDUCTION], 1)])
     assert attention.induction_score(stacked, L).tolist() == [[1, 0], [0, 1]]
-
-
-def test_several_earlier_occurrences_are_summed():
-    tokens = torch.tensor([[0, 5, 6, 5, 7, 5]])
-    pattern = torch.zeros(1, 1, 6, 6)
-    pattern[0, 0, :, 0] = 1
-    pattern[0, 0, 5] = torch.tensor([0, 0, 0.2, 0.1, 0.3, 0.4])
-    # Queries 3 and 5 have earlier 5s; query 3 looks at BOS, query 5 gives 0.2 + 0.3 to their followers.
-    assert attention.prefix_matching_score(pattern, tokens).item() == pytest.approx(0.25)
 
 
 def test_previous_token_score_agrees_with_detect_head(two_layers):
@@ -99,5 +79,3 @@ def test_samples_pool_prompts_over_seeds(two_layers):
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="13 tokens"):
         attention.induction_score(INDUCTION, L + 1)
-    with pytest.raises(ValueError, match="prompt 1 has no repeated"):
-        attention.duplicate_token_score(INDUCTION.repeat(2, 1, 1, 1), torch.cat([TOKENS, torch.arange(N)[None]]))
