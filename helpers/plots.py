@@ -49,10 +49,9 @@ def _every(n: int) -> int:
 
 
 def head_grid(samples: Float[Tensor, "sample layer head"], label: str, title="", diverging=False) -> Figure:
-    """Layer by head map of the mean, beside the eight highest heads with their 95 % intervals.
+    """Layer by head map of the mean, beside the eight highest heads with their 95 % intervals, if there are samples.
 
-    `label` names the quantity and its unit. Scores are drawn from 0 to 1; effects (`diverging`)
-    symmetrically about 0. One sample has no intervals.
+    `label` names the quantity and its unit; effects (`diverging`) are drawn symmetrically about 0.
     """
     grid = samples.mean(0).cpu().numpy()
     n_layers, n_heads = grid.shape
@@ -68,15 +67,15 @@ def head_grid(samples: Float[Tensor, "sample layer head"], label: str, title="",
 
 
 def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: str = "", axis=None) -> Figure:
-    """Means with intervals, a row for each of a table's `names` and a colour for each table.
+    """Means with intervals, a colour for each table and a row for each of its `names`, the same in all.
 
-    Tables have the columns `names`, "mean", "low" and "high", with the same names in each.
+    Tables have the columns `names`, "mean", "low" and "high".
     """
     rows = next(iter(tables.values()))[names]
     y = np.arange(len(rows))
     axis = axis or subplots(figsize=(8.5, 1.6 + 0.32 * len(rows)))[1]
     for i, (name, table) in enumerate(tables.items()):
-        mean, *ends = table.set_index(names).loc[rows, ["mean", "low", "high"]].to_numpy().T
+        mean, *ends = table.set_index(names).loc[rows, ["mean", "low", "high"]].to_numpy(float).T
         offset = 0.5 * (i + 0.5) / len(tables) - 0.25
         spread = np.abs(ends - mean)
         axis.errorbar(mean, y + offset, xerr=spread, fmt="o", ms=5, color=PALETTE[i], capsize=3, label=name)

@@ -3,7 +3,6 @@ passed to a model, because tokenisers and TransformerLens differ in how they tre
 
 import hashlib
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -138,18 +137,6 @@ def repeat_task(model: TransformerBridge, length: int = 30, k: int = 1, batch: i
     other = r.clone()
     other[:, k] = drawn[:, k + 1]
     return Pair(*(Prompts(with_bos(model, torch.cat([first, r[:, : k + 1]], 1))) for first in (r, other)))
-
-
-def text_pair(model: TransformerBridge, clean: str, corrupted: Sequence[str], answer: str) -> Pair:
-    """A text against the first of `corrupted` with as many tokens; `answer`'s first token follows both.
-
-    Begin texts and answers with a space where a word begins. Raises ValueError where no text has as many tokens.
-    """
-    ids, last = encode(model, clean), encode(model, answer)[:1]
-    other = next((o for text in corrupted if len(o := encode(model, text)) == len(ids)), None)
-    if other is None:
-        raise ValueError(f"none of {list(corrupted)} has as many tokens as {clean!r} for this tokenizer")
-    return Pair(*(Prompts(with_bos(model, torch.tensor([row + last]))) for row in (ids, other)))
 
 
 def encode(model: TransformerBridge, text: str) -> list[int]:
