@@ -11,6 +11,7 @@ from helpers.prompts import python_source, repeated_tokens
 
 Pattern = Float[Tensor, "batch head query key"]
 Score = Float[Tensor, "batch head"]
+Samples = Float[Tensor, "sample layer head"]
 
 
 def induction_score(pattern: Pattern, length: int) -> Score:
@@ -39,7 +40,7 @@ def previous_token_score(pattern: Pattern) -> Score:
 
 def score_heads(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], score: Callable[[Pattern], Score]
-) -> Float[Tensor, "batch layer head"]:
+) -> Samples:
     """`score(pattern)` of every head; patterns are reduced inside the hook, so that one layer's are held at a time."""
     found: dict[str, Score] = {}
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
@@ -50,22 +51,18 @@ def score_heads(
     return torch.stack([found[name] for name in names], dim=1)
 
 
-def strongest(samples: Float[Tensor, "sample layer head"]) -> tuple[int, int]:
+def strongest(samples: Samples) -> tuple[int, int]:
     """Layer and head, counted from zero, of the largest mean."""
     return divmod(int(samples.mean(0).argmax()), samples.shape[2])
 
 
-def induction_samples(
-    model: TransformerBridge, seeds: tuple[int, ...] = (0, 1, 2), length: int = 50, batch: int = 8
-) -> Float[Tensor, "sample layer head"]:
+def induction_samples(model: TransformerBridge, seeds=(0, 1, 2), length: int = 50, batch: int = 8) -> Samples:
     """Induction scores on repeated random tokens, one sample per prompt, all seeds together."""
     prompts = (repeated_tokens(model, length, batch, seed) for seed in seeds)
     return torch.cat([score_heads(model, tokens, lambda p: induction_score(p, length)) for tokens in prompts])
 
 
-def previous_token_samples(
-    model: TransformerBridge, seeds: tuple[int, ...] = (0, 1, 2), length: int = 128, batch: int = 8
-) -> Float[Tensor, "sample layer head"]:
+def previous_token_samples(model: TransformerBridge, seeds=(0, 1, 2), length: int = 128, batch: int = 8) -> Samples:
     """Previous-token scores on natural text, one sample per text, all seeds together."""
     texts = (python_source(model, batch, length, seed) for seed in seeds)
     return torch.cat([score_heads(model, tokens, previous_token_score) for tokens in texts])

@@ -87,17 +87,6 @@ def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: st
     return axis.figure
 
 
-def pattern(attention: Float[Tensor, "query key"], title: str, labels=None, stripe: int | None = None) -> Figure:
-    """One head's attention pattern; `stripe` marks the diagonal at that offset, from the second token of r on."""
-    ticks = (labels, labels) if labels else None
-    names = ("key position (attended to)", "query position", "attention (probability)")
-    figure = matrices({title: attention}, *names, ticks=ticks)
-    if stripe is not None:
-        keys = np.arange(2, attention.shape[-1] - stripe) + 0.5
-        figure.axes[0].plot(keys, keys + stripe, "o", ms=3.5, mfc="white", mec="black", mew=0.6)
-    return figure
-
-
 def matrices(panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None) -> Figure:
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
     panels = {title: _array(matrix) for title, matrix in panels.items()}

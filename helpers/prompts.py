@@ -94,9 +94,7 @@ def random_tokens(model: TransformerBridge, length: int, batch: int, seed: int) 
     return torch.stack([vocab[torch.randperm(len(vocab), generator=generator)[:length]] for _ in range(batch)])
 
 
-def repeated_tokens(
-    model: TransformerBridge, length: int = 50, batch: int = 8, seed: int = 0, copies: int = 2
-) -> Int[Tensor, "batch pos"]:
+def repeated_tokens(model: TransformerBridge, length=50, batch=8, seed=0, copies=2) -> Int[Tensor, "batch pos"]:
     """[BOS, r, r] with |r| = length: the sequences on which induction is scored.
 
     After Olsson et al. 2022, "In-context Learning and Induction Heads", appendix, who write a shorter r four times.

@@ -97,12 +97,6 @@ def estimate(values) -> dict:
     return {"mean": mean, "low": low, "high": high, "n": len(values)} | few
 
 
-def estimate_of_draws(draws: Float[np.ndarray, "draw"], n: int) -> dict[str, float]:
-    """`{"mean", "low", "high", "n"}` of an estimate, `draws[0]`, followed by its bootstrap draws."""
-    low, high = np.quantile(draws[1:], [0.025, 0.975])
-    return {"mean": float(draws[0]), "low": float(low), "high": float(high), "n": n}
-
-
 def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: int = 0) -> pd.DataFrame:
     """One row per head, best first: rank, head, layer, index, mean of `value` and its interval."""
     mean, low, high = bootstrap_interval(samples.cpu().numpy(), seed=seed)
@@ -126,9 +120,7 @@ def token_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> 
         return torch.cat([model(part, return_type="loss", loss_per_token=True) for part in parts])
 
 
-def in_context_score(
-    losses: Float[Tensor, "batch pos_1"], early: int = 50, late: int = 500, window: int = 0
-) -> Float[Tensor, "batch"]:
+def in_context_score(losses: Float[Tensor, "batch pos_1"], early=50, late=500, window=0) -> Float[Tensor, "batch"]:
     """Loss at token `late` minus loss at token `early`, in nats; negative is learning in context.
 
     With a window, each end is the mean over that many tokens to either side: a single token of

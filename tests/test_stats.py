@@ -68,11 +68,6 @@ def test_q_values_hold_the_share_of_false_discoveries():
     assert stats.q_values(np.zeros((6, 3))).tolist() == [1, 1, 1]
 
 
-def test_estimates_of_draws_take_the_first_as_the_estimate():
-    found = stats.estimate_of_draws(np.array([0.3, *np.linspace(0, 1, 101)]), n=8)
-    assert found == pytest.approx({"mean": 0.3, "low": 0.025, "high": 0.975, "n": 8})
-
-
 @pytest.mark.parametrize("bad, message", [([], "no samples"), ([1.0, np.nan], "1 of 2"), ([np.inf], "1 of 1")])
 def test_bad_samples_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
