@@ -9,12 +9,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities import composition_scores
 
 Vectors = Float[Tensor, "token d_model"]
 
@@ -100,8 +98,9 @@ def token_vectors(model: TransformerBridge, tokens: Int[Tensor, "token"], after_
             vectors = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=1)[1][hook][:, 0]
     if kind is None:
         return vectors
-    normalised = F.rms_norm if "RMS" in kind else F.layer_norm  # without gain and bias
-    return normalised(vectors, vectors.shape[-1:], eps=model.cfg.eps)
+    if "RMS" not in kind:
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    return vectors / (vectors.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()  # a norm without its gain and bias
 
 
 def copying_scores(weights: HeadWeights, vectors: Vectors, tokens: Int[Tensor, "token"]) -> Float[Tensor, "layer head"]:
@@ -123,7 +122,9 @@ def composition(first: FactoredMatrix, second: FactoredMatrix) -> Float[Tensor, 
     `first` is OV; `second` is QK for Q-composition, QK.T for K-composition, OV for V-composition.
     Source: Elhage et al. 2021, section "Composition".
     """
-    layers = torch.arange(len(first.A), device=first.A.device)
+    left, right = first.collapse_l(), second.collapse_r()
+    norms = left.norm(dim=(-2, -1))[:, :, None, None] * right.norm(dim=(-2, -1))
     # One layer at a time, so that memory grows with heads, not with pairs times d_model.
-    scores = torch.stack([composition_scores(FactoredMatrix(*ab), second) for ab in zip(first.A, first.B)])
-    return scores.masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)
+    products = [torch.einsum("him,lkmj->hlkij", layer, right).norm(dim=(-2, -1)) for layer in left]
+    layers = torch.arange(len(left), device=norms.device)
+    return (torch.stack(products) / norms).masked_fill((layers[:, None] >= layers)[:, None, :, None], math.nan)

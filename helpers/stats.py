@@ -20,12 +20,12 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-def bootstrap_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw n"]:
-    """The share of each sample in each draw with replacement; a draw's mean is its row times the samples."""
-    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, n_resamples) / n
+def bootstrap_weights(n: int, seed: int = 0) -> Float[np.ndarray, "draw n"]:
+    """The share of each sample in each of 1,000 draws with replacement; a draw's mean is its row times the samples."""
+    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, 1000) / n
 
 
-def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
+def bootstrap_interval(values: Samples, seed: int = 0) -> tuple[Mean, Mean, Mean]:
     """Mean over the first axis and the ends of its 95 % interval, of the kind that the number of samples allows.
 
     From 20 samples the percentile bootstrap (Efron & Tibshirani 1993, chapter 13); from 5 the t
@@ -40,12 +40,12 @@ def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) 
         reach = tests.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
         low, high = mean - reach, mean + reach
     else:
-        draws = np.tensordot(bootstrap_weights(n, n_resamples, seed), values, axes=1)
+        draws = np.tensordot(bootstrap_weights(n, seed), values, axes=1)
         low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     return np.asarray(mean), np.asarray(low), np.asarray(high)
 
 
-def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
+def familywise_interval(values: Samples, seed: int = 0) -> tuple[Mean, Mean, Mean]:
     """Means over the first axis and intervals that hold all of them at once with probability 0.95.
 
     From 20 samples the half-width is the quantile, over bootstrap draws, of the largest studentised
@@ -60,11 +60,11 @@ def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0)
     if n < 20:
         reach = tests.t.ppf(1 - 0.025 / max(1, mean.size), n - 1) * spread / (n - 1) ** 0.5
         return mean, mean - reach, mean + reach
-    weights, centred = bootstrap_weights(n, n_resamples, seed), values - mean
+    weights, centred = bootstrap_weights(n, seed), values - mean
     shift, square = (np.tensordot(weights, power, axes=1) for power in (centred, centred**2))
     # The floor keeps draws of one sample over and over, which have no spread, from dividing by zero.
     error = np.abs(shift) / np.sqrt(np.maximum(square - shift**2, 1e-6 * spread**2 + 1e-30))
-    reach = np.quantile(error.reshape(n_resamples, -1).max(1), 0.95) * spread
+    reach = np.quantile(error.reshape(len(error), -1).max(1), 0.95) * spread
     return mean, mean - reach, mean + reach
 
 
