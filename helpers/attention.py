@@ -3,8 +3,7 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -13,6 +12,7 @@ from helpers.stats import progress, rows_at_a_time
 
 Pattern = Float[Tensor, "batch head query key"]
 Score = Float[Tensor, "batch head"]
+Samples = Float[Tensor, "sample layer head"]
 
 
 def induction_score(pattern: Pattern, length: int) -> Score:
@@ -20,9 +20,7 @@ def induction_score(pattern: Pattern, length: int) -> Score:
 
     For [BOS, r, r] with |r| = length: mean of A[q, q - (length - 1)] over q in the second copy.
     Olsson et al. 2022, appendix, prefix matching (with the +1 erratum), for one repetition.
-
-    Raises:
-        ValueError: the pattern is not that of [BOS, r, r].
+    Raises ValueError where the pattern is not that of [BOS, r, r].
     """
     if pattern.shape[-1] != 2 * length + 1:
         raise ValueError(f"a pattern over {pattern.shape[-1]} tokens is not one of [BOS, r, r], |r| = {length}")
@@ -41,83 +39,35 @@ def previous_token_score(pattern: Pattern) -> Score:
     return offset_score(pattern, 1)
 
 
-def duplicate_token_score(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) -> Score:
-    """Mean attention on earlier tokens equal to the query's, over queries that have one.
-
-    Raises:
-        ValueError: a prompt has no repeated token, so the mean is over nothing.
-    """
-    return _mean_on(pattern, (tokens[:, :, None] == tokens[:, None, :]).tril(-1))
-
-
-def prefix_matching_score(pattern: Pattern, tokens: Int[Tensor, "batch pos"]) -> Score:
-    """Mean attention on tokens that followed an earlier occurrence of the query's token.
-
-    On [BOS, r, r] without repeats in r this is `induction_score`; it needs no known length, so
-    it also reads natural text. Source: Olsson et al. 2022, appendix, prefix matching.
-
-    Raises:
-        ValueError: a prompt has no repeated token.
-    """
-    same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
-    return _mean_on(pattern, F.pad(same, (1, 0))[..., :-1])
-
-
-def _mean_on(pattern: Pattern, mask: Bool[Tensor, "batch query key"]) -> Score:
-    n_queries = mask.any(-1).sum(-1)
-    if (n_queries == 0).any():
-        raise ValueError(f"prompt {int((n_queries == 0).nonzero()[0])} has no repeated token")
-    return (pattern * mask[:, None]).sum((-2, -1)) / n_queries[:, None]
-
-
-def bos_score(pattern: Pattern) -> Score:
-    """Mean attention on position 0 over all queries but the first."""
-    return pattern[..., 1:, 0].mean(-1)
-
-
 def score_heads(
-    model: TransformerBridge,
-    tokens: Int[Tensor, "batch pos"],
-    score: Callable[..., Score],
-    chunk: int | None = None,
-    with_tokens: bool = False,
-) -> Float[Tensor, "batch layer head"]:
-    """Apply `score(pattern)`, or `score(pattern, tokens)`, to every head, a layer and a few prompts at a time.
+    model: TransformerBridge, tokens: Int[Tensor, "batch pos"], score: Callable[[Pattern], Score]
+) -> Samples:
+    """`score(pattern)` of every head, a few prompts at a time.
 
     Patterns are reduced inside the hook, so memory does not grow with the number of layers.
-
-    Raises:
-        ValueError: the batch is empty.
     """
-    if tokens.numel() == 0:
-        raise ValueError(f"empty batch of shape {tuple(tokens.shape)}")
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    scores: dict[str, list[Tensor]] = {name: [] for name in names}
+    found: dict[str, list[Score]] = {name: [] for name in names}
+    hooks = [(name, lambda pattern, hook: found[hook.name].append(score(pattern).float().cpu())) for name in names]
+    hooks.append(("unembed.hook_in", lambda resid, hook: resid[:, :1]))  # half of Gemma's time is unembedding
     with torch.inference_mode():
-        for part in progress(tokens.split(chunk or rows_at_a_time(tokens)), "scores"):
-            extra = (part,) if with_tokens else ()
-            hooks = [(n, lambda p, hook, t=extra: scores[hook.name].append(score(p, *t).float().cpu())) for n in names]
-            hooks.append(("unembed.hook_in", lambda resid, hook: resid[:, :1]))  # half of Gemma's time is unembedding
+        for part in progress(tokens.split(rows_at_a_time(tokens)), "scores"):
             model.run_with_hooks(part, fwd_hooks=hooks, return_type=None)
-    return torch.stack([torch.cat(scores[name]) for name in names], dim=1)
+    return torch.stack([torch.cat(found[name]) for name in names], dim=1)
 
 
-def strongest(samples: Float[Tensor, "sample layer head"]) -> tuple[int, int]:
+def strongest(samples: Samples) -> tuple[int, int]:
     """Layer and head, counted from zero, of the largest mean."""
     return divmod(int(samples.mean(0).argmax()), samples.shape[2])
 
 
-def induction_samples(
-    model: TransformerBridge, seeds: tuple[int, ...] = (0, 1, 2), length: int = 50, batch: int = 8
-) -> Float[Tensor, "sample layer head"]:
+def induction_samples(model: TransformerBridge, seeds=(0, 1, 2), length: int = 50, batch: int = 8) -> Samples:
     """Induction scores on repeated random tokens, one sample per prompt, all seeds together."""
     prompts = (repeated_tokens(model, length, batch, seed) for seed in seeds)
     return torch.cat([score_heads(model, tokens, lambda p: induction_score(p, length)) for tokens in prompts])
 
 
-def previous_token_samples(
-    model: TransformerBridge, seeds: tuple[int, ...] = (0, 1, 2), length: int = 128, batch: int = 8
-) -> Float[Tensor, "sample layer head"]:
+def previous_token_samples(model: TransformerBridge, seeds=(0, 1, 2), length: int = 128, batch: int = 8) -> Samples:
     """Previous-token scores on natural text, one sample per text, all seeds together."""
     texts = (python_source(model, batch, length, seed) for seed in seeds)
     return torch.cat([score_heads(model, tokens, previous_token_score) for tokens in texts])

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
 
+Vectors = Float[Tensor, "token d_model"]
+
 
 @dataclass(frozen=True)
 class HeadWeights:
@@ -82,35 +84,26 @@ def _gain(norm, width: int) -> Float[Tensor, "width"]:
     return (up - down) / (2 * x)
 
 
-def token_vectors(
-    model: TransformerBridge, tokens: Int[Tensor, "token"], after_block_0: bool = True
-) -> Float[Tensor, "token d_model"]:
+def token_vectors(model: TransformerBridge, tokens: Int[Tensor, "token"], after_block_0=True) -> Vectors:
     """Each token alone as a head sees it: its embedding, taken through the first block if asked for, normalised.
 
     The block runs on one-token prompts, where attention can only look at the token itself, so
     the result depends on weights alone. Layer 0 reads the embedding; later layers read the sum of
     it and what layer 0 made of it, of which the embedding may be a small part.
     """
-    if not after_block_0:
-        return normalised(model.W_E[tokens], model.cfg)
-    hook = "blocks.0.hook_resid_post"
-    with torch.inference_mode():
-        _, cache = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=1)
-    return normalised(cache[hook][:, 0], model.cfg)
-
-
-def normalised(vectors: Float[Tensor, "*rest d_model"], cfg) -> Float[Tensor, "*rest d_model"]:
-    """What a norm does without its gain and bias: centred unless it is an RMS norm, and of unit mean square."""
-    if cfg.normalization_type is None:
+    vectors, kind = model.W_E[tokens], model.cfg.normalization_type
+    if after_block_0:
+        hook = "blocks.0.hook_resid_post"
+        with torch.inference_mode():
+            vectors = model.run_with_cache(tokens[:, None], names_filter=hook, stop_at_layer=1)[1][hook][:, 0]
+    if kind is None:
         return vectors
-    if "RMS" not in cfg.normalization_type:
+    if "RMS" not in kind:
         vectors = vectors - vectors.mean(-1, keepdim=True)
-    return vectors / (vectors.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+    return vectors / (vectors.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()  # a norm without its gain and bias
 
 
-def copying_scores(
-    weights: HeadWeights, vectors: Float[Tensor, "token d_model"], tokens: Int[Tensor, "token"]
-) -> Float[Tensor, "layer head"]:
+def copying_scores(weights: HeadWeights, vectors: Vectors, tokens: Int[Tensor, "token"]) -> Float[Tensor, "layer head"]:
     """Re sum(lambda) / sum |lambda| over the eigenvalues of each head's token-to-token OV circuit.
 
     1 where attending to a token always raises its own logit, -1 where it always lowers it.

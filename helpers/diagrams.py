@@ -1,5 +1,7 @@
 """Diagrams: boxes and arrows, the induction circuit that every notebook opens with, and circuits as measured."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -72,18 +74,17 @@ CIRCUIT_EDGES = [
 ]
 
 
-def circuit_diagram(highlight: str | tuple[str, ...] = ()) -> Figure:
+def circuit_diagram(highlight: Collection[str] = ()) -> Figure:
     """The induction circuit on A B … A -> B, with parts (of CIRCUIT_NODES, or "K-composition") in colour."""
-    chosen = {highlight} if isinstance(highlight, str) else set(highlight)
-    if unknown := chosen - {*CIRCUIT_NODES, "K-composition"}:
+    if unknown := {*highlight} - {*CIRCUIT_NODES, "K-composition"}:
         raise ValueError(f"{', '.join(sorted(unknown))} is no part of the circuit; see CIRCUIT_NODES in diagrams.py")
     figure, axis = subplots(figsize=(11, 4.4))
     boxes = {}
     for part, nodes in CIRCUIT_NODES.items():
         for key, text, *place in nodes:
-            boxes[key] = _box(axis, text, place, *((PALETTE[3], 2.5) if part in chosen else ()))
+            boxes[key] = _box(axis, text, place, *((PALETTE[3], 2.5) if part in highlight else ()))
     for source, target, text, part in CIRCUIT_EDGES:
-        colour, width = (PALETTE[3], 2.8) if part in chosen else ("0.55", 1.2)
+        colour, width = (PALETTE[3], 2.8) if part in highlight else ("0.55", 1.2)
         _arrow(axis, boxes[source], boxes[target], colour, width)
         middle = 0.58 * np.array(boxes[source].xy) + 0.42 * np.array(boxes[target].xy)
         _text(axis, text, middle, size=8.5, color=colour, ha="center")

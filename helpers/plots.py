@@ -56,7 +56,7 @@ def head_grid(samples: Float[Tensor, "sample layer head"], label: str, title="",
     `label` names the quantity and its unit. Scores are drawn from 0 to 1; effects (`diverging`)
     symmetrically about 0. One sample has no intervals.
     """
-    grid = samples.mean(0).cpu().numpy()
+    grid = _array(samples.mean(0))
     n_layers, n_heads = grid.shape
     figure, (left, right) = subplots(1, 2, figsize=(11, max(3.4, 0.2 * n_layers + 1.8)), width_ratios=[3, 2])
     sns.heatmap(
@@ -90,26 +90,12 @@ def intervals(tables: dict[str, pd.DataFrame], names: str, label: str, title: st
     return axis.figure
 
 
-def pattern(attention: Float[Tensor, "query key"], title: str, labels=None, stripe: int | None = None) -> Figure:
-    """One head's attention pattern; `stripe` marks the diagonal at that offset, from the second token of r on."""
-    figure = matrices(
-        {title: attention}, "key position (attended to)", "query position", "attention (probability)",
-        ticks=(labels, labels) if labels else None, size=5.4,
-    )  # fmt: skip
-    if stripe is not None:
-        keys = np.arange(2, attention.shape[-1] - stripe) + 0.5
-        figure.axes[0].plot(keys, keys + stripe, "o", ms=3.5, mfc="white", mec="black", mew=0.6)
-    return figure
-
-
-def matrices(
-    panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None, size=3.8
-) -> Figure:
+def matrices(panels: dict, xlabel: str, ylabel: str, label: str, diverging=False, ticks: tuple | None = None) -> Figure:
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
     panels = {title: _array(matrix) for title, matrix in panels.items()}
-    values, n = np.concatenate([matrix.ravel() for matrix in panels.values()]), len(panels)
-    limits = _limits(values, diverging, max(1.0, float(np.nanmax(values))))
-    figure, axes = subplots(1, n, figsize=(size * n + 1, size), squeeze=False)
+    values = np.concatenate([matrix.ravel() for matrix in panels.values()])
+    limits, size = _limits(values, diverging, max(1.0, float(np.nanmax(values)))), 5.4 if len(panels) == 1 else 3.8
+    figure, axes = subplots(1, len(panels), figsize=(size * len(panels) + 1, size), squeeze=False)
     for axis, (title, matrix) in zip(axes[0], panels.items()):
         columns, rows = ticks or map(_every, matrix.shape[::-1])
         square = 0.5 < matrix.shape[0] / matrix.shape[1] < 2
@@ -125,7 +111,7 @@ def matrices(
 
 
 def curve(
-    lines: dict[str, tuple], xlabel: str, ylabel: str, title="", marks: dict | None = None, log_x=False, log_y=False
+    lines: dict[str, tuple], xlabel: str, ylabel: str, title="", marks: dict | None = None, log_x=False
 ) -> Figure:
     """Lines `{name: (x, mean)}` or `{name: (x, mean, low, high)}`; `marks` are vertical lines, named above.
 
@@ -141,10 +127,9 @@ def curve(
         (line,) = axis.plot(x, mean, label=name, lw=1.8 + 0.5 * later, **style)
         if interval:
             (axis.vlines if few else axis.fill_between)(x, *interval, alpha=0.3, color=line.get_color(), lw=5 * few)
-    for log, scaled, ticks in ((log_x, axis.set_xscale, axis.xaxis), (log_y, axis.set_yscale, axis.yaxis)):
-        if log:  # plain numbers
-            scaled("log")
-            ticks.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    if log_x:  # plain numbers
+        axis.set_xscale("log")
+        axis.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     if not (named or log_x) and all(isinstance(i, int) for i in names):
         axis.xaxis.get_major_locator().set_params(integer=True)  # no half of a head
     if named:

@@ -3,7 +3,6 @@ passed to a model, because tokenisers and TransformerLens differ in how they tre
 
 import hashlib
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,17 +16,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of prompts with one answer each, the answer appended as the last token.
-
-    The answer is read at position -2, where the model predicts the last token.
-    """
+    """A batch of prompts, each ending in its answer, which the model predicts at position -2."""
 
     tokens: Int[Tensor, "batch pos"]
-    answers: Int[Tensor, "batch"]
 
-    def __post_init__(self):
-        if not torch.equal(self.tokens[:, -1], self.answers):
-            raise ValueError("the last token of every prompt must be its answer")
+    @property
+    def answers(self) -> Int[Tensor, "batch"]:
+        """The last token of every prompt."""
+        return self.tokens[:, -1]
 
 
 @dataclass(frozen=True)
@@ -63,10 +59,7 @@ def fitting(model: TransformerBridge, length: int, copies: int = 2) -> int:
     """The length asked for, or the largest at which BOS and `copies` copies fit a tiny model.
 
     They must fit the context, and the vocabulary must hold as many different tokens, which the
-    unrepeated control draws.
-
-    Raises:
-        ValueError: not even two tokens fit.
+    unrepeated control draws. Raises ValueError where not even two tokens fit.
     """
     n_ctx, n_ordinary = model.cfg.n_ctx, len(ordinary_tokens(model))
     length = min(length, (n_ctx - 1) // copies, n_ordinary // copies)
@@ -83,11 +76,7 @@ def derangement(n: int, seed: int | torch.Generator) -> Int[Tensor, "n"]:
 
 
 def with_bos(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos_1"]:
-    """Prepend BOS and move to the model's device.
-
-    Raises:
-        ValueError: the batch is empty or does not fit the model's context.
-    """
+    """Prepend BOS and move to the model's device. Raises ValueError where the batch is empty or exceeds the context."""
     if tokens.numel() == 0:
         raise ValueError(f"empty batch of shape {tuple(tokens.shape)}")
     if tokens.shape[1] + 1 > model.cfg.n_ctx:
@@ -105,9 +94,7 @@ def random_tokens(model: TransformerBridge, length: int, batch: int, seed: int) 
     return torch.stack([vocab[torch.randperm(len(vocab), generator=generator)[:length]] for _ in range(batch)])
 
 
-def repeated_tokens(
-    model: TransformerBridge, length: int = 50, batch: int = 8, seed: int = 0, copies: int = 2
-) -> Int[Tensor, "batch pos"]:
+def repeated_tokens(model: TransformerBridge, length=50, batch=8, seed=0, copies=2) -> Int[Tensor, "batch pos"]:
     """[BOS, r, r] with |r| = length: the sequences on which induction is scored.
 
     After Olsson et al. 2022, "In-context Learning and Induction Heads", appendix, who write a shorter r four times.
@@ -118,8 +105,7 @@ def repeated_tokens(
 def letters_task(model: TransformerBridge, n_prompts: int = 64) -> Prompts:
     """A B n1 .. n32 A -> B over A to Z, with a leading space if the tokenizer needs it; no noise is A or B.
 
-    Raises:
-        ValueError: neither form of the letters is 26 different single tokens that the tokenizer knows.
+    Raises ValueError where neither form of the letters is 26 different single tokens that the tokenizer knows.
     """
     for prefix in (" ", ""):
         ids = [encode(model, prefix + letter) for letter in ascii_uppercase]
@@ -132,7 +118,7 @@ def letters_task(model: TransformerBridge, n_prompts: int = 64) -> Prompts:
     for _ in range(n_prompts):
         a, b, *others = rng.sample([i for (i,) in ids], 26)
         rows.append([a, b, *rng.choices(others, k=32), a, b])
-    return _prompts(model, torch.tensor(rows))
+    return Prompts(with_bos(model, torch.tensor(rows)))
 
 
 def repeat_task(model: TransformerBridge, length: int = 30, k: int = 1, batch: int = 32, seed: int = 0) -> Pair:
@@ -140,9 +126,7 @@ def repeat_task(model: TransformerBridge, length: int = 30, k: int = 1, batch: i
 
     Only position 1 + k differs; r[k] occurs nowhere else in the corrupted prompt, whose other
     token stands at `corrupted.tokens[:, 1 + k]`. With k = 1 the task is A B n1 .. A -> B.
-
-    Raises:
-        ValueError: k is not within 1 .. length - 1.
+    Raises ValueError where k is not within 1 .. length - 1.
     """
     if not 1 <= k < length:
         raise ValueError(f"k = {k} is not within 1 to {length - 1}, so [BOS, r, r[:k]] does not ask for r[k]")
@@ -150,35 +134,11 @@ def repeat_task(model: TransformerBridge, length: int = 30, k: int = 1, batch: i
     r = torch.cat([drawn[:, : k + 1], drawn[:, k + 2 :]], 1)
     other = r.clone()
     other[:, k] = drawn[:, k + 1]
-    return Pair(*(_prompts(model, torch.cat([first, r[:, : k + 1]], 1)) for first in (r, other)))
-
-
-def text_pair(model: TransformerBridge, clean: str, corrupted: Sequence[str], answer: str) -> Pair:
-    """A text against the first of `corrupted` with as many tokens; `answer`'s first token follows both.
-
-    Begin texts and answers with a space where a word begins.
-
-    Raises:
-        ValueError: none of `corrupted` has as many tokens.
-    """
-    ids, last = encode(model, clean), encode(model, answer)[:1]
-    other = next((o for text in corrupted if len(o := encode(model, text)) == len(ids)), None)
-    if other is None:
-        raise ValueError(f"none of {list(corrupted)} has as many tokens as {clean!r} for this tokenizer")
-    return Pair(*(_prompts(model, torch.tensor([row + last])) for row in (ids, other)))
-
-
-def _prompts(model, rows) -> Prompts:
-    tokens = with_bos(model, rows)
-    return Prompts(tokens, tokens[:, -1])
+    return Pair(*(Prompts(with_bos(model, torch.cat([first, r[:, : k + 1]], 1))) for first in (r, other)))
 
 
 def encode(model: TransformerBridge, text: str) -> list[int]:
-    """Token ids of a text, without any special token.
-
-    Raises:
-        ValueError: the model has no tokenizer.
-    """
+    """Token ids of a text, without any special token. Raises ValueError where the model has no tokenizer."""
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so it cannot read text")
     return model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -192,11 +152,7 @@ def token_strings(model: TransformerBridge, tokens: Int[Tensor, "pos"]) -> list[
 
 
 def source_files(packages: tuple[str, ...]) -> list[str]:
-    """Texts of the Python files of installed packages, without repeats, ordered by content hash.
-
-    Raises:
-        ModuleNotFoundError: a package is not installed.
-    """
+    """Texts of the Python files of installed packages, without repeats, ordered by content hash."""
     texts = {}
     for package in packages:
         for path in Path(import_module(package).__path__[0]).rglob("*.py"):
@@ -214,9 +170,7 @@ def python_source(
 
     Each row is BOS and `length - 1` tokens from the start of a line, file and line chosen by
     the seed. (Openings of files would be mostly licences and imports.)
-
-    Raises:
-        ValueError: too few files are long enough.
+    Raises ValueError where too few files are long enough.
     """
     files, rows, rng = source_files(packages), [], random.Random(seed)
     rng.shuffle(files)

@@ -56,35 +56,31 @@ class Results:
         self.tables: list[str] = []
         self.started = time.monotonic()
 
-    def keep(self, name: str, value, **options):
+    def keep(self, name: str, value):
         """Save a figure as PNG, a table as CSV, samples as an estimate, anything else as it is; give it back.
 
         Samples are a tensor, an array or a list of floats, one a prompt; what is given back is
-        their estimate. A dict may hold samples. `options` go to `savefig`, `to_csv` or `estimate`.
-
-        Raises:
-            ValueError: the value holds NaN, has more than one sample a prompt, or JSON cannot hold it.
+        their estimate. A dict may hold samples. Raises ValueError where the value holds NaN, has more
+        than one sample a prompt, or JSON cannot hold it.
         """
         if hasattr(value, "savefig"):
-            options = {"format": "png", "metadata": {"Software": None}} | options
+            options = {"format": "png", "metadata": {"Software": None}}
             write_atomically(self.folder / "figures" / f"{name}.png", lambda path: value.savefig(path, **options))
         elif isinstance(value, pd.DataFrame):
             self.tables.append(name)
-            options = {"index": value.index.name is not None, "float_format": "%.6g"} | options
+            options = {"index": value.index.name is not None, "float_format": "%.6g"}
             write_atomically(self.folder / f"{name}.csv", lambda path: value.to_csv(path, **options))
         else:
             if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
                 value = np.array(value)
-            value = self.numbers[name] = _strict_json(name, _estimated(name, value, options))
+            value = self.numbers[name] = _strict_json(name, _estimated(name, value))
         return value
 
     def finish(self, published: dict[str, tuple] | None = None) -> pd.DataFrame:
         """Write `summary.json` and return "What we found": each estimate with its interval and n.
 
         `published` is `{name: (value, source)}`; its names may also be of kept plain values.
-
-        Raises:
-            ValueError: a published name was never kept.
+        Raises ValueError where such a name was never kept.
         """
         published = published or {}
         if missing := published.keys() - self.numbers.keys():
@@ -104,17 +100,17 @@ class Results:
         return table.map(lambda item: round(item, 3) if isinstance(item, float) else item)
 
 
-def _estimated(name: str, value, options: dict):
+def _estimated(name: str, value):
     """Samples as estimates, also inside a dict; single numbers of numpy and torch as Python's."""
     if isinstance(value, dict):
-        return {key: _estimated(f"{name}[{key!r}]", item, options) for key, item in value.items()}
+        return {key: _estimated(f"{name}[{key!r}]", item) for key, item in value.items()}
     if not hasattr(value, "ndim"):
         return value
     if value.ndim > 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; keep one sample a prompt, so take means first")
     from helpers.stats import estimate
 
-    return estimate(value, **options) if value.ndim else value.item()
+    return estimate(value) if value.ndim else value.item()
 
 
 def _strict_json(name: str, value):

@@ -20,19 +20,17 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-def bootstrap_weights(n: int, n_resamples: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw n"]:
-    """The share of each sample in each draw with replacement; a draw's mean is its row times the samples."""
-    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, n_resamples) / n
+def bootstrap_weights(n: int, seed: int = 0) -> Float[np.ndarray, "draw n"]:
+    """The share of each sample in each of 1,000 draws with replacement; a draw's mean is its row times the samples."""
+    return np.random.default_rng(seed).multinomial(n, [1 / n] * n, 1000) / n
 
 
-def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
+def bootstrap_interval(values: Samples, seed: int = 0) -> tuple[Mean, Mean, Mean]:
     """Mean over the first axis and the ends of its 95 % interval, of the kind that the number of samples allows.
 
     From 20 samples the percentile bootstrap (Efron & Tibshirani 1993, chapter 13); from 5 the t
     interval, since the bootstrap is too narrow there; below 5 the smallest and largest sample.
-
-    Raises:
-        ValueError: there is no sample, or a sample is not finite.
+    Raises ValueError where there is no sample, or a sample is not finite.
     """
     values = _finite(values)
     n, mean = len(values), values.mean(0)
@@ -42,20 +40,18 @@ def bootstrap_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) 
         reach = tests.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
         low, high = mean - reach, mean + reach
     else:
-        draws = np.tensordot(bootstrap_weights(n, n_resamples, seed), values, axes=1)
+        draws = np.tensordot(bootstrap_weights(n, seed), values, axes=1)
         low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     return np.asarray(mean), np.asarray(low), np.asarray(high)
 
 
-def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0) -> tuple[Mean, Mean, Mean]:
+def familywise_interval(values: Samples, seed: int = 0) -> tuple[Mean, Mean, Mean]:
     """Means over the first axis and intervals that hold all of them at once with probability 0.95.
 
     From 20 samples the half-width is the quantile, over bootstrap draws, of the largest studentised
     error of any member (Westfall & Young 1993, "Resampling-Based Multiple Testing"); below 20, where
     that is too wide, the t interval at 0.05 over the number of members (Dunn 1961).
-
-    Raises:
-        ValueError: there are fewer than 5 samples, or a sample is not finite.
+    Raises ValueError where there are fewer than 5 samples, or a sample is not finite.
     """
     values = _finite(values)
     n, mean, spread = len(values), values.mean(0), values.std(0)
@@ -64,11 +60,11 @@ def familywise_interval(values: Samples, n_resamples: int = 1000, seed: int = 0)
     if n < 20:
         reach = tests.t.ppf(1 - 0.025 / max(1, mean.size), n - 1) * spread / (n - 1) ** 0.5
         return mean, mean - reach, mean + reach
-    weights, centred = bootstrap_weights(n, n_resamples, seed), values - mean
+    weights, centred = bootstrap_weights(n, seed), values - mean
     shift, square = (np.tensordot(weights, power, axes=1) for power in (centred, centred**2))
     # The floor keeps draws of one sample over and over, which have no spread, from dividing by zero.
     error = np.abs(shift) / np.sqrt(np.maximum(square - shift**2, 1e-6 * spread**2 + 1e-30))
-    reach = np.quantile(error.reshape(n_resamples, -1).max(1), 0.95) * spread
+    reach = np.quantile(error.reshape(len(error), -1).max(1), 0.95) * spread
     return mean, mean - reach, mean + reach
 
 
@@ -92,19 +88,13 @@ def _finite(values) -> np.ndarray:
     return values
 
 
-def estimate(values, **kwargs) -> dict:
+def estimate(values) -> dict:
     """`{"mean", "low", "high", "n"}` of samples, and the "values" themselves where they are fewer than 5."""
     values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
     values = np.asarray(values, dtype=np.float64).ravel()
-    mean, low, high = map(float, bootstrap_interval(values, **kwargs))
+    mean, low, high = map(float, bootstrap_interval(values))
     few = {"values": values.tolist()} if len(values) < 5 else {}
     return {"mean": mean, "low": low, "high": high, "n": len(values)} | few
-
-
-def estimate_of_draws(draws: Float[np.ndarray, "draw"], n: int) -> dict[str, float]:
-    """`{"mean", "low", "high", "n"}` of an estimate, `draws[0]`, followed by its bootstrap draws."""
-    low, high = np.quantile(draws[1:], [0.025, 0.975])
-    return {"mean": float(draws[0]), "low": float(low), "high": float(high), "n": n}
 
 
 def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: int = 0) -> pd.DataFrame:
@@ -129,22 +119,18 @@ def rows_at_a_time(tokens: Int[Tensor, "batch pos"]) -> int:
 
 
 def token_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_1"]:
-    """-log p of every token but the first, in nats; entry i is the loss on token i + 1."""
+    """-log p of every token but the first, in nats, on the CPU; entry i is the loss on token i + 1."""
     parts = progress(tokens.split(rows_at_a_time(tokens)), "losses")
     with torch.inference_mode():
-        return torch.cat([model(part, return_type="loss", loss_per_token=True) for part in parts])
+        return torch.cat([model(part, return_type="loss", loss_per_token=True).cpu() for part in parts])
 
 
-def in_context_score(
-    losses: Float[Tensor, "batch pos_1"], early: int = 50, late: int = 500, window: int = 0
-) -> Float[Tensor, "batch"]:
+def in_context_score(losses: Float[Tensor, "batch pos_1"], early=50, late=500, window=0) -> Float[Tensor, "batch"]:
     """Loss at token `late` minus loss at token `early`, in nats; negative is learning in context.
 
     With a window, each end is the mean over that many tokens to either side: a single token of
     a few texts is mostly noise. Source: Olsson et al. 2022, "Models' in-context learning score".
-
-    Raises:
-        ValueError: the texts end before token `late + window`, or begin after token `early - window`.
+    Raises ValueError where the texts end before token `late + window`, or begin after token `early - window`.
     """
     if losses.shape[1] < late + window or early <= window:
         raise ValueError(f"texts of {losses.shape[1] + 1} tokens have no token {late + window} or {early - window}")

@@ -1,13 +1,12 @@
 """Interactive CircuitsVis views. Beside each, put a static figure: GitHub runs no script."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import circuitsvis
-import numpy as np
 import torch
-from circuitsvis.attention import attention_heads
-from circuitsvis.tokens import colored_tokens, colored_tokens_multi
+from circuitsvis.tokens import colored_tokens_multi
 from IPython.display import HTML
 from jaxtyping import Float
 from torch import Tensor
@@ -31,34 +30,14 @@ def script() -> HTML:
     return HTML(f"<script>{text};window.CircuitsVis = CircuitsVis;</script>interactive views are ready")
 
 
-def heads(attention: Float[Tensor, "head query key"], tokens: list[str], names: list[str]) -> HTML:
-    """Several heads' patterns; hover a head to see it, a token to follow it.
-
-    Raises:
-        ValueError: there is not one name a head, or not one token a position.
-    """
-    if attention.shape != (len(names), len(tokens), len(tokens)):
-        raise ValueError(f"patterns {tuple(attention.shape)} for {len(names)} names and {len(tokens)} tokens")
-    rounded = np.round(attention.cpu().numpy().astype(np.float64), 3).tolist()
-    return _without_script(attention_heads(rounded, [spaced(t) for t in tokens], names))
-
-
-def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: list[str] | None = None) -> HTML:
-    """A text with a value per token, or one for each of `labels` to pick from.
-
-    Raises:
-        ValueError: there is not one value a token, or not one column a label.
-    """
+def tokens(texts: list[str], values: Float[Tensor, "pos *label"], labels: Sequence[str] = ("value",)) -> HTML:
+    """A text with a value per token, or one for each of `labels` to pick from; CircuitsVis refuses other lengths."""
     values = torch.as_tensor(values, dtype=torch.float64).cpu().round(decimals=3)
-    if values.shape != (len(texts), *([len(labels)] if labels else [])):
-        raise ValueError(f"values {tuple(values.shape)} for {len(texts)} tokens and {len(labels or [])} labels")
-    shown = [spaced(t) for t in texts]
-    return _without_script(
-        colored_tokens_multi(shown, values, labels) if labels else colored_tokens(shown, values.tolist())
-    )
+    return show(colored_tokens_multi([spaced(t) for t in texts], values.view(len(values), -1), labels))
 
 
-def _without_script(view) -> HTML:
+def show(view) -> HTML:
+    """A view of CircuitsVis that uses the script shown before, in place of one that it brings itself."""
     call = _CALL.search(view.cdn_src)
     # A token such as "</script>" or "<!--" must neither end the element nor swallow what follows it.
     props = call["props"].strip().replace("<", r"\u003c")

@@ -18,34 +18,23 @@ def look(keys):
 
 INDUCTION = look(torch.where(QUERIES > L, QUERIES - (L - 1), 0))
 PREVIOUS = look(QUERIES - 1)
-DUPLICATE = look(torch.where(QUERIES > L, QUERIES - L, 0))
 RESTING = look(torch.zeros(N, dtype=torch.long))
 UNIFORM = (torch.ones(N, N).tril() / torch.arange(1, N + 1)[:, None])[None, None]
-TOKENS = torch.cat([torch.tensor([0]), torch.arange(1, L + 1), torch.arange(1, L + 1)])[None]
 
 
 @pytest.mark.parametrize(
-    "pattern, induction, previous, duplicate, bos",
-    [
-        # Whoever rests on BOS looks one back at query 1.
-        (INDUCTION, 1, 1 / (N - 1), 0, L / (N - 1)),
-        (PREVIOUS, 0, 1, 0, 1 / (N - 1)),
-        (DUPLICATE, 0, 1 / (N - 1), 1, L / (N - 1)),
-        (RESTING, 0, 1 / (N - 1), 0, 1),
-    ],
+    "pattern, induction, previous",
+    # Whoever rests on BOS looks one back at query 1.
+    [(INDUCTION, 1, 1 / (N - 1)), (PREVIOUS, 0, 1), (RESTING, 0, 1 / (N - 1))],
 )
-def test_perfect_heads_score_exactly(pattern, induction, previous, duplicate, bos):
+def test_perfect_heads_score_exactly(pattern, induction, previous):
     assert attention.induction_score(pattern, L).item() == induction
-    assert attention.prefix_matching_score(pattern, TOKENS).item() == induction
     assert attention.previous_token_score(pattern).item() == pytest.approx(previous)
-    assert attention.duplicate_token_score(pattern, TOKENS).item() == duplicate
-    assert attention.bos_score(pattern).item() == pytest.approx(bos)
 
 
 def test_uniform_attention_scores_its_harmonic_mean():
     expected = sum(1 / (q + 1) for q in range(L + 1, N)) / L
     assert attention.induction_score(UNIFORM, L).item() == pytest.approx(expected)
-    assert attention.duplicate_token_score(UNIFORM, TOKENS).item() == pytest.approx(expected)
 
 
 def test_a_mixture_scores_its_share():
@@ -57,15 +46,6 @@ def test_a_mixture_scores_its_share():
 def test_heads_and_prompts_stay_apart():
     stacked = torch.cat([torch.cat([INDUCTION, PREVIOUS], 1), torch.cat([RESTING, INDUCTION], 1)])
     assert attention.induction_score(stacked, L).tolist() == [[1, 0], [0, 1]]
-
-
-def test_several_earlier_occurrences_are_summed():
-    tokens = torch.tensor([[0, 5, 6, 5, 7, 5]])
-    pattern = torch.zeros(1, 1, 6, 6)
-    pattern[0, 0, :, 0] = 1
-    pattern[0, 0, 5] = torch.tensor([0, 0, 0.2, 0.1, 0.3, 0.4])
-    # Queries 3 and 5 have earlier 5s; query 3 looks at BOS, query 5 gives 0.2 + 0.3 to their followers.
-    assert attention.prefix_matching_score(pattern, tokens).item() == pytest.approx(0.25)
 
 
 def test_previous_token_score_agrees_with_detect_head(two_layers):
@@ -83,18 +63,10 @@ def test_previous_token_score_agrees_with_detect_head(two_layers):
 def test_score_heads_equals_the_cache(architecture, tiny):
     model = tiny(architecture)
     tokens = prompts.repeated_tokens(model, length=9, batch=5, seed=0)
-    found = attention.score_heads(model, tokens, lambda p: attention.induction_score(p, 9), chunk=2)
+    found = attention.score_heads(model, tokens, lambda p: attention.induction_score(p, 9))
     _, cache = model.run_with_cache(tokens)
     expected = torch.stack([attention.induction_score(cache["pattern", i], 9) for i in range(model.cfg.n_layers)], 1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_tokens_follow_their_patterns_through_chunks(tiny):
-    model = tiny("shortformer")
-    tokens = torch.cat([prompts.repeated_tokens(model, 9, 4, seed) for seed in (0, 1)])
-    in_chunks = attention.score_heads(model, tokens, attention.duplicate_token_score, chunk=3, with_tokens=True)
-    whole = attention.score_heads(model, tokens, attention.duplicate_token_score, chunk=8, with_tokens=True)
-    torch.testing.assert_close(in_chunks, whole)
 
 
 def test_samples_pool_prompts_over_seeds(two_layers):
@@ -104,10 +76,6 @@ def test_samples_pool_prompts_over_seeds(two_layers):
     torch.testing.assert_close(samples[2:], alone)
 
 
-def test_wrong_input_is_named(tiny):
+def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="13 tokens"):
         attention.induction_score(INDUCTION, L + 1)
-    with pytest.raises(ValueError, match="prompt 1 has no repeated"):
-        attention.duplicate_token_score(INDUCTION.repeat(2, 1, 1, 1), torch.cat([TOKENS, torch.arange(N)[None]]))
-    with pytest.raises(ValueError, match="empty batch"):
-        attention.score_heads(tiny("shortformer"), torch.zeros(0, 5, dtype=torch.long), attention.bos_score)

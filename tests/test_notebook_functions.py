@@ -65,6 +65,17 @@ def test_stripe_share_is_detect_heads_measure():
     assert stripe_share(INDUCTION, L).item() == pytest.approx(L / N)
 
 
+def test_prefix_matching_sums_over_earlier_occurrences():
+    followers, mean_on = defined_in("02", "followers"), defined_in("02", "mean_on")
+    assert mean_on(INDUCTION, followers(TOKENS)).item() == 1
+    tokens = torch.tensor([[0, 5, 6, 5, 7, 5]])
+    pattern = torch.zeros(1, 1, 6, 6)
+    pattern[0, 0, :, 0] = 1
+    pattern[0, 0, 5] = torch.tensor([0, 0, 0.2, 0.1, 0.3, 0.4])
+    # Queries 3 and 5 have earlier 5s; query 3 looks at BOS, query 5 gives 0.2 + 0.3 to their followers.
+    assert mean_on(pattern, followers(tokens)).item() == pytest.approx(0.25)
+
+
 def test_wins():
     wins = defined_in("05", "wins")
     rank = torch.tensor([[5, 0, 0, 3], [0, 4, 0, 2], [0, 0, 0, 1]])

@@ -120,20 +120,6 @@ def test_derangement_leaves_nobody_in_place():
     assert torch.equal(prompts.derangement(9, 4), prompts.derangement(9, torch.Generator().manual_seed(4)))
 
 
-def test_text_pair_has_equal_lengths_and_one_answer(model):
-    names = [f" Tom went to the store. {name}" for name in ("Bartholomew", "Sarah", "Sam", "Ann", "Bob")]
-    pair = prompts.text_pair(model, " Tom went to the store. Tom", names, " went")
-    assert pair.clean.tokens.shape == pair.corrupted.tokens.shape
-    assert torch.equal(pair.clean.answers, pair.corrupted.answers)
-    with pytest.raises(ValueError, match="as many tokens as ' Tom'"):
-        prompts.text_pair(model, " Tom", [" Bartholomew"], " went")
-
-
-def test_prompts_without_their_answer_are_refused():
-    with pytest.raises(ValueError, match="answer"):
-        prompts.Prompts(torch.tensor([[0, 1, 2]]), torch.tensor([1]))
-
-
 def test_python_source_starts_with_bos_and_is_held_out(model):
     tokens = prompts.python_source(model, n_texts=3, length=100, seed=0)
     assert tokens.shape == (3, 100) and (tokens[:, 0] == prompts.bos_id(model)).all()

@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_everything_is_written_where_the_report_finds_it(results, tmp_path):
-    figure = plots.pattern(torch.eye(3), "t")
+    figure = plots.matrices({"t": torch.eye(3)}, "key", "query", "attention")
     assert results.keep("eye", figure) is figure
     assert results.keep("losses", pd.DataFrame({"loss_nats": [1 / 3]})).shape == (1, 1)
     assert results.keep("score", torch.tensor([0.1, 0.2]))["values"] == pytest.approx([0.1, 0.2])
@@ -83,6 +83,6 @@ def test_published_numbers_stand_beside_ours(results):
 
 def test_the_same_figure_is_saved_as_the_same_bytes(results):
     for name in ("a", "b"):
-        results.keep(name, plots.pattern(torch.eye(3), "t"))
+        results.keep(name, plots.matrices({"t": torch.eye(3)}, "key", "query", "attention"))
     a, b = (results.folder / "figures" / f"{name}.png" for name in "ab")
     assert a.read_bytes() == b.read_bytes() and b"Software" not in a.read_bytes()

@@ -1,7 +1,6 @@
 """The two-layer rewrite against definitions written out in loops, and the identities of scrubbing."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def model(state):
 def prompts():
     tokens = torch.randint(1, D_VOCAB, (N_TEXTS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     tokens[:, 0] = 0
-    return Prompts(tokens, tokens[:, -1])
+    return Prompts(tokens)
 
 
 # ---- the definition, written out ----
@@ -155,7 +154,7 @@ def direct_logits(state, tokens, text, rows, **parts):
 @pytest.fixture(scope="module")
 def pool(model, prompts):
     with torch.inference_mode():
-        return TextPool(model, prompts.tokens[:, :-1], *HEADS)
+        return TextPool(model, prompts.tokens, *HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +176,7 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_every_path_term_is_the_direct_one(name, state, prompts, pool, rows):
     tokens = prompts.tokens[:, :-1]
-    built = pool.residual(PARTS[name], rows, partial(pool.head_outputs, rows))
+    built = pool.residual(PARTS[name], rows)
     direct = torch.stack(
         [
             torch.stack([direct_residual(state, tokens, t, p, PARTS[name], rows) for p in range(LENGTH)])
@@ -222,7 +221,7 @@ def test_silence_is_zero_ablation(model, prompts):
 
 def test_x_for_x_prime_recovers_everything(model, prompts):
     twins = prompts.tokens[:1].expand(4, -1)
-    result = scrubbing.scrub(model, Prompts(twins, twins[:, -1]), HYPOTHESES, *HEADS, KINDS)
+    result = scrubbing.scrub(model, Prompts(twins), HYPOTHESES, *HEADS, KINDS)
     assert (result.scrubbed_loss - result.model_loss).abs().max() < 1e-5
     assert (result.resampled_loss - result.model_loss).abs().max() < 1e-5
 
@@ -241,7 +240,7 @@ def test_the_fully_scrubbed_input_recovers_nothing_and_the_unscrubbed_one_everyt
 
 def test_offset_masks_sum_to_the_causal_mask(pool, rows):
     every_offset = Rule(X, OTHER, from_x=tuple(range(LENGTH)))
-    rebuilt = pool.residual(Input(X, every_offset), rows, partial(pool.head_outputs, rows))
+    rebuilt = pool.residual(Input(X, every_offset), rows)
     assert (rebuilt - pool.on_x).abs().max() < 1e-5
     masks = sum(torch.ones(LENGTH, LENGTH).tril(-m).triu(-m) for m in range(LENGTH))
     assert torch.equal(masks, torch.ones(LENGTH, LENGTH).tril())
@@ -262,10 +261,13 @@ def test_a_kind_is_drawn_from_a_text_of_the_same_kind_there_or_else_is_the_other
     assert torch.equal(rows["itself"][:, 1], rows[OTHER][:, 1]) and rows["itself"][2, 0] == rows[OTHER][2, 0]
 
 
-def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts):
-    one, two = (scrubbing.scrub(model, prompts, HYPOTHESES[:1], *HEADS, pool_size=n) for n in (64, 3))
+def test_one_pool_or_several_make_no_difference_to_the_model_loss(model, prompts, monkeypatch):
+    tokens = prompts.tokens.repeat(2, 1)
+    one = scrubbing.scrub(model, Prompts(tokens), HYPOTHESES[:1], *HEADS)
+    monkeypatch.setattr(scrubbing, "POOL_SIZE", 3)
+    two = scrubbing.scrub(model, Prompts(tokens), HYPOTHESES[:1], *HEADS)
     assert torch.allclose(one.model_loss, two.model_loss, atol=1e-6)
-    assert two.scrubbed_loss.shape == (3, 4, N_TEXTS)
+    assert two.scrubbed_loss.shape == (3, 4, 2 * N_TEXTS)
 
 
 def test_a_model_without_norms(prompts):
@@ -296,7 +298,7 @@ def test_recovered_is_a_share_of_what_silence_loses_or_resampling():
 
 def test_bad_input_is_refused_by_name(model, prompts):
     with pytest.raises(ValueError, match="1 text"):
-        scrubbing.scrub(model, Prompts(prompts.tokens[:1], prompts.answers[:1]), HYPOTHESES, *HEADS)
+        scrubbing.scrub(model, Prompts(prompts.tokens[:1]), HYPOTHESES, *HEADS)
     state = {key: weight for key, weight in random_state().items() if "blocks.1" not in key}
     one_layer = models.build_shortformer({**CONFIG, "n_layers": 1}, state, "one")
     assert scrubbing.why_not(model) == ""
@@ -397,7 +399,7 @@ def table_of_the_post(state, tokens, answers, other, typical):
 def test_the_table_agrees_with_an_evaluator_written_from_the_post(state):
     exact = models.build_shortformer(CONFIG, state, "double").eval().requires_grad_(False).double()
     tokens = torch.randint(1, D_VOCAB, (40, 13), generator=torch.Generator().manual_seed(2))
-    result = scrubbing.scrub(exact, Prompts(tokens, tokens[:, -1]), HYPOTHESES, *HEADS, KINDS, n_pairings=1)
+    result = scrubbing.scrub(exact, Prompts(tokens), HYPOTHESES, *HEADS, KINDS, n_pairings=1)
     rows = scrubbing.draw_rows(tokens[:, :-1], KINDS, torch.Generator().manual_seed(0))
     expected = table_of_the_post(state, tokens[:, :-1], tokens[:, -1], rows[OTHER][:, 0], rows["typical"])
     assert (result.recovered(from_silence=False).mean(0) - expected).abs().max() < 3e-7

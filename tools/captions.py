@@ -10,7 +10,6 @@ KINDS = {
     "head_grid": "map of all heads, and the strongest with intervals",
     "intervals": "rows with intervals",
     "estimates": "rows with intervals",
-    "pattern": "attention pattern",
     "matrices": "maps",
     "curve": "curves",
     "scatter": "scatter",
