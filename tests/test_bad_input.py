@@ -307,7 +307,7 @@ def test_a_mistake_has_its_exit_code_and_its_sentence_and_loses_nothing(typed, p
     new = [place / "outputs/induction-2l" / name for name in ("01_good", "01_good.ipynb", "report.md")]
     changed = [path for path in before if now.get(path) != before[path]]
     assert not [path for path in changed if code != 1 or not {path, *path.parents} & set(new)]
-    assert not list(place.glob("*/.staging-*"))
+    assert not list(place.glob("*/.staging"))
 
 
 @pytest.mark.parametrize(

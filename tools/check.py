@@ -23,7 +23,7 @@ from helpers.models import layout, pick_device, read
 from helpers.nanogpt import read_nanogpt
 from helpers.prompts import bos_id
 from tools.convert import ensure
-from tools.run import ThisMachine, find_notebooks, plan, run_on
+from tools.run import find_notebooks, plan, run_jobs
 
 Tokens = Int[Tensor, "prompt pos"]
 # What a notebook cannot do without, by its name without the number.
@@ -242,7 +242,7 @@ def run_notebooks(name: str) -> list[Finding]:
     """Every notebook run to its end, with small sizes, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = plan([name], find_notebooks(), Path(folder), {}, small=True)
-        ends = run_on(ThisMachine(1), jobs)
+        ends = run_jobs(jobs, n_parallel=1)
     found = []
     for job in jobs:
         end = ends[job.label]

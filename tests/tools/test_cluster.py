@@ -25,7 +25,6 @@ first = not mark.exists()
 mark.write_text(str(os.getppid()))
 time.sleep(60 if first else 0)
 """
-STATE = {"versions": {"torch": "2", "helpers": "a"}, "models": {"x": "1"}, "missing": {}}
 
 
 def wait_for(condition, seconds: float = 300) -> bool:
@@ -89,7 +88,6 @@ def test_what_a_killed_worker_had_in_hand_is_run_again_and_all_comes_home_as_fro
         out, error = runner.communicate(timeout=300)
         assert runner.returncode == 1 and int(mark.read_text()) != worker
         assert "2 of 3 notebooks done" in out and "03_bad on induction-2l failed at cell 3: ZeroDivisionError" in error
-        assert "started 02_slow" in out
         assert wait_for(lambda: not at_work_in(tmp_path / "tmp"), 60)
     assert main(["run", "--out", str(tmp_path / "here")]) == 1
     assert relative(tmp_path / "here") == relative(tmp_path / "out")
@@ -100,7 +98,7 @@ def test_what_a_killed_worker_had_in_hand_is_run_again_and_all_comes_home_as_fro
 @pytest.mark.slow
 def test_when_the_scheduler_goes_away_what_is_done_is_kept_and_resumed(notebooks, tmp_path, capsys):
     mark = tmp_path / "mark"
-    write_notebook(notebooks, "02_slow", good("02_slow") + ONCE_SLOW.format(mark=str(mark)))
+    write_notebook(notebooks, "00_slow", good("00_slow") + ONCE_SLOW.format(mark=str(mark)))
     with processes(tmp_path, n_workers=1) as (address, started):
         typed = [sys.executable, "-c", _PROGRAM, str(notebooks), *command(tmp_path, address)]
         runner = subprocess.Popen(typed, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -110,7 +108,7 @@ def test_when_the_scheduler_goes_away_what_is_done_is_kept_and_resumed(notebooks
         _, error = runner.communicate(timeout=300)
     assert runner.returncode == 2 and error.count("\n") == 1, error
     assert f"the scheduler at {address} went away after 1 of 2 notebooks; those are kept" in error
-    assert "--resume" in error and not list((tmp_path / "out").glob(".staging-*"))
+    assert "--resume" in error and not list((tmp_path / "out").glob(".staging"))
     assert main(["run", "--resume", "--out", str(tmp_path / "out")]) == 0
     assert "1 of 2 notebooks are up to date" in capsys.readouterr().out
 
@@ -135,7 +133,7 @@ def test_a_worker_without_the_model_is_named_with_it(notebooks, tmp_path, capsys
         assert main(command(tmp_path, address, "--model", "smollm2-135m")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: worker tcp://127.0.0.1:") and error.count("\n") == 1
-    assert "does not have the model smollm2-135m" in error and "tools convert" in error
+    assert "smollm2-135m must be converted once" in error and "tools convert" in error
 
 
 @pytest.mark.slow
@@ -144,7 +142,7 @@ def test_a_worker_outside_of_a_clone_and_no_worker_at_all_are_refused(notebooks,
     with processes(tmp_path, 1, tmp_path / "elsewhere") as (address, started):
         assert main(command(tmp_path, address)) == 2
         error = capsys.readouterr().err
-        assert "cannot import this project" in error and "in a clone of this commit" in error and error.count("\n") == 1
+        assert "No module named" in error and "in a clone of this commit" in error and error.count("\n") == 1
         started[1].kill()
         started[1].wait()
         monkeypatch.setattr(cluster, "SECONDS", 2)
@@ -158,35 +156,18 @@ def test_a_scheduler_that_is_not_there_is_one_sentence(notebooks, tmp_path, caps
         assert main(command(tmp_path, address)) == 2
         error = capsys.readouterr().err
         assert f"no Dask scheduler answers at {address}" in error and error.count("\n") == 1, error
-    for option, value in (("--jobs", "2"), ("--gpus", "0")):
-        assert main(command(tmp_path, "tcp://127.0.0.1:1", option, value)) == 2
-        assert "--jobs and --gpus are for this machine" in capsys.readouterr().err
+    for option in ("--jobs", "--gpus"):
+        with pytest.raises(SystemExit):
+            main(command(tmp_path, "tcp://127.0.0.1:1", option, "2"))
+        assert f"{option}: not allowed with argument --scheduler" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "theirs, words",
-    [
-        ({}, None),
-        ({"missing": {"gpt2": "not here"}}, "worker w does not have the model gpt2: not here"),
-        ({"versions": {"torch": "3", "helpers": "a"}}, "worker w has torch 3 and this machine 2"),
-        ({"versions": {"torch": "2", "helpers": "b"}}, "other helpers"),
-        ({"models": {"x": "2"}}, "another x than the others"),
-    ],
-)
-def test_a_difference_between_machines_is_a_sentence(theirs, words):
-    found = cluster.complaint("w", STATE | theirs, STATE)
-    assert found is None if words is None else words in found
-
-
-def test_files_come_as_they_were_and_only_into_their_folder(tmp_path):
-    (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/b/c.png").write_bytes(b"\x00\xff")
-    files = cluster.pack(tmp_path / "a")
-    assert files == {"b/c.png": b"\x00\xff"}
-    cluster.unpack(files, tmp_path / "d")
-    assert (tmp_path / "d/b/c.png").read_bytes() == b"\x00\xff"
-    with pytest.raises(ValueError, match="outside its folder"):
-        cluster.unpack({"../x": b""}, tmp_path / "d")
+def test_a_difference_between_machines_is_a_sentence():
+    ours = {"torch": "2", "helpers": "a", "x": "1"}
+    cluster.check_same("w", ours, ours)
+    for name in ours:
+        with pytest.raises(ValueError, match=f"worker w has {name} 3 and others have {ours[name]}; give all machines"):
+            cluster.check_same("w", ours | {name: "3"}, ours)
 
 
 _PROGRAM = """
