@@ -263,10 +263,10 @@ COMMANDS = {
     "run -p flag 1": (2, ["flag", "bool"]),
     "run --jobs 0": (2, ["--jobs", "at least 1"]),
     "run --jobs two": (2, ["--jobs", "two"]),
-    "run --out file": (2, ["cannot write into", "file", "--out"]),
-    "run --out file/below": (2, ["cannot write into", "file", "--out"]),
-    "run --out taken": (2, ["cannot write into", "taken/induction-2l", "--out"]),
-    "run --out /proc/outputs": (2, ["cannot write into", "/proc/outputs", "--out"]),
+    "run --out file": (2, ["exists", "file"]),
+    "run --out file/below": (2, ["Not a directory", "file"]),
+    "run --out taken": (2, ["Not a directory", "taken/induction-2l"]),
+    "run --out /proc/outputs": (2, ["/proc/outputs"]),
     "run --model nothing": (2, ["config.json"]),
     "run --notebooks 1 01 01_good 02": (1, ["02_fails on induction-2l failed at cell 3: ZeroDivisionError", "1 of 2"]),
     "run --notebooks 03": (1, ["03_dies on induction-2l failed at DeadKernelError", "0 of 1"]),
@@ -307,7 +307,7 @@ def test_a_mistake_has_its_exit_code_and_its_sentence_and_loses_nothing(typed, p
     new = [place / "outputs/induction-2l" / name for name in ("01_good", "01_good.ipynb", "report.md")]
     changed = [path for path in before if now.get(path) != before[path]]
     assert not [path for path in changed if code != 1 or not {path, *path.parents} & set(new)]
-    assert not list(place.glob("*/.staging"))
+    assert not list(place.glob("*/.staging-*"))
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     chosen = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # Only now, because some commands need torch and most must answer at once.
         command = import_module(f"tools.{chosen.command}")
         parser = argparse.ArgumentParser(f"python -m tools {chosen.command}", description=COMMANDS[chosen.command])
         command.add_arguments(parser)
         return command.main(parser.parse_args(chosen.arguments))
-    except (ValueError, ModelUnavailable) as error:
+    except (ValueError, ModelUnavailable, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

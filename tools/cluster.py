@@ -23,25 +23,16 @@ def workers(address: str, models: list[str]) -> Iterator[tuple[dict[str, str], C
     """What the workers of a scheduler have, and the function that submits a notebook to them.
 
     Raises:
-        ValueError: distributed is not installed, the scheduler does not answer, it has no workers, or one of these
-            has other versions than this machine, or not the same models as the others.
+        ImportError: distributed is not installed.
+        OSError: the scheduler does not answer, or it has no workers.
+        ValueError: a worker has other versions than this machine, or not the same models as the others.
     """
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ValueError("--scheduler needs Dask; type `pip install distributed`") from None
+    from distributed import Client  # not at the top: one may do without it
+
     # A lost connection is one sentence of ours, not the traceback of each attempt to get it back.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL + 1)
-    try:
-        client = Client(address, timeout=SECONDS)
-    except (OSError, ValueError) as error:
-        reason = f"no Dask scheduler answers at {address} ({type(error).__name__})"
-        raise ValueError(f"{reason}; start one with `dask scheduler`, or leave out --scheduler") from None
-    with client:
-        try:
-            client.wait_for_workers(1, timeout=SECONDS)
-        except TimeoutError:
-            raise ValueError(f"the scheduler at {address} has no workers; {HOW_TO_START}") from None
+    with Client(address, timeout=SECONDS) as client:
+        client.wait_for_workers(1, timeout=SECONDS)
         expected = state([])
         for worker, theirs in client.run(state, models, on_error="return").items():
             if isinstance(theirs, Exception):

@@ -125,7 +125,7 @@ def execute(
         with tarfile.open(fileobj=files, mode="w") as archive:
             archive.add(folder, arcname="")
     notebook.metadata = metadata  # without the state of widgets, with which GitHub does not render a notebook
-    warnings, executed = tidy(notebook), nbformat.writes(describe(notebook)) + "\n"
+    executed, warnings = tidy(describe(notebook))
     return Outcome("", "", warnings, time.monotonic() - began, executed, files.getvalue())
 
 
@@ -143,19 +143,14 @@ async def _run_cells(client: NotebookClient, wanted: Callable[[], bool], **start
             await kernel.shutdown_kernel(now=True)
 
 
-def tidy(notebook: NotebookNode) -> str:
-    """Take from the stored outputs what another run would have otherwise; returns the warnings among it."""
+def tidy(notebook: NotebookNode) -> tuple[str, str]:
+    """The file of an executed notebook without what another run would have otherwise, and the warnings among it."""
     warnings, views = [], {}
-
-    def steady(text: str) -> str:
-        text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", text)
-        # CircuitsVis gives every view an id of its own at random.
-        name = r"circuits-vis-[0-9a-f]+-[0-9a-f-]+"
-        return re.sub(name, lambda match: views.setdefault(match[0], f"circuits-vis-{len(views) + 1}"), text)
-
-    for cell in filter(lambda cell: cell.cell_type == "code", notebook.cells):
-        warnings += [output.text for output in cell.outputs if output.get("name") == "stderr"]
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        for data in (output.get("data", {}) for output in cell.outputs):
-            data |= {kind: steady(data[kind]) for kind in ("text/plain", "text/html") if kind in data}
-    return "".join(warnings).strip()
+    for outputs in (cell.outputs for cell in notebook.cells if cell.cell_type == "code"):
+        warnings += [output.text for output in outputs if output.get("name") == "stderr"]
+        outputs[:] = [output for output in outputs if output.get("name") != "stderr"]
+    text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", nbformat.writes(notebook) + "\n")
+    # CircuitsVis gives every view an id of its own at random.
+    name = r"circuits-vis-[0-9a-f]+-[0-9a-f-]+"
+    text = re.sub(name, lambda match: views.setdefault(match[0], f"circuits-vis-{len(views) + 1}"), text)
+    return text, "".join(warnings).strip()

@@ -217,8 +217,8 @@ def run_jobs(
     results alone.
 
     Raises:
-        ValueError, ModelUnavailable: the outputs cannot be written, or another run is writing there; a model cannot be
-            had; there are not so many GPUs; or the workers or their scheduler are not there, or not as they should be.
+        ValueError, ModelUnavailable, OSError: the outputs cannot be written, or another run is writing there; a model
+            cannot be had; there are not so many GPUs; workers or their scheduler are not there, or not as they should.
         KeyboardInterrupt: interrupted or told to end, with what is done by then.
     """
     models, out, outcomes = list(dict.fromkeys(job.model for job in jobs)), jobs[0].folder.parent, {}
@@ -243,9 +243,6 @@ def run_jobs(
                     signal.signal(number, signal.SIG_IGN)
                 text = f"interrupted after {len(outcomes)} of {len(futures)} notebooks"
                 raise KeyboardInterrupt(f"{text}; the earlier results of the others are untouched") from None
-            except CancelledError:
-                text = f"the scheduler at {scheduler} went away after {len(outcomes)} of {len(futures)} notebooks"
-                raise ValueError(f"{text}; those are kept, and the same command with --resume runs the rest") from None
             finally:
                 for folder in {job.folder for job in jobs if job.label in outcomes and job.folder.exists()}:
                     write_report(folder)
@@ -263,32 +260,25 @@ def is_current(job: Job, made_from: dict[str, str]) -> bool:
 
 @contextmanager
 def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
-    """The outputs for one run alone: gives a staging folder in it, after clearing what a killed run left.
+    """The outputs for one run alone: gives a staging folder in it, after clearing what killed runs left.
 
     Raises:
-        ValueError: it cannot be written, or another run is writing there.
+        ValueError: another run is writing there.
+        OSError: it cannot be written.
     """
-    staging, lock = out / ".staging", FileLock(out / ".lock", blocking=False)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        for old in staging.glob("replaced/*/*"):  # had only been moved away
-            if not (place := out / old.relative_to(staging / "replaced")).exists():
-                old.rename(place)
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in filter(Path.exists, folders):
-            tempfile.TemporaryFile(dir=folder).close()
-        staging.mkdir()
+        with FileLock(out / ".lock", blocking=False):
+            for left in out.glob(".staging-*"):
+                for old in left.glob("replaced/*/*"):  # had only been moved away
+                    if not (place := out / old.relative_to(left / "replaced")).exists():
+                        old.rename(place)
+                shutil.rmtree(left, ignore_errors=True)
+            for folder in filter(Path.exists, folders):
+                tempfile.TemporaryFile(dir=folder).close()
+            with tempfile.TemporaryDirectory(dir=out, prefix=".staging-", ignore_cleanup_errors=True) as staging:
+                yield Path(staging)
     except Timeout:
         raise ValueError(f"another run is writing into {out}; let it end, or name another folder with --out") from None
-    except OSError as error:
-        place = error.filename or out
-        raise ValueError(f"cannot write into {place} ({error.strerror}); name another folder with --out") from None
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()
 
 
 @contextmanager
@@ -353,27 +343,21 @@ def fitting(models: list[str]) -> int:
 
 
 def collect(job: Job, future: Future, made_from: dict[str, str], staging: Path) -> Outcome:
-    """Keep what a finished job made and say how it ended.
-
-    Raises:
-        CancelledError: the scheduler has gone, and with it the job.
-    """
+    """Keep what a finished job made, and say how it ended."""
     outcome = Outcome()
     try:
         outcome = future.result()
         keep(job, outcome, made_from, staging)
     except CancelledError:
-        raise
+        outcome = Outcome(error="the scheduler, which went away; the same command with --resume runs it again")
     except Exception as failure:  # no kernel, a dead one, a full disk: the other notebooks still run
         outcome = replace(outcome, error=outcome.error or f"{type(failure).__name__}: {failure}")
+    how = f"done in {outcome.seconds:.0f} s" + (f", and warned: {outcome.warnings}" if outcome.warnings else "")
+    if outcome.not_applicable:
+        how = f"left out: {outcome.not_applicable}"
     if outcome.error:
-        tqdm.write(f"{job.label} failed at {outcome.error}", file=sys.stderr)
-    elif outcome.not_applicable:
-        tqdm.write(f"{job.label} left out: {outcome.not_applicable}")
-    else:
-        tqdm.write(f"{job.label} done in {outcome.seconds:.0f} s")
-    if outcome.warnings:
-        tqdm.write(f"{job.label} warned: {outcome.warnings}", file=sys.stderr)
+        how = f"failed at {outcome.error}"
+    tqdm.write(f"{job.label} {how}", file=sys.stderr if outcome.error else sys.stdout)
     sys.stdout.flush()
     return outcome
 

@@ -19,7 +19,7 @@ run.NOTEBOOKS = Path(sys.argv[1]); sys.exit(main(["run", "--jobs", "2", "--out",
 """
 # When to end the run: its kernels start; two notebooks are in work; one is done and two are in work.
 MOMENTS = {
-    "kernels start": lambda out: any(out.glob(".staging/*")),
+    "kernels start": lambda out: any(out.glob(".staging-*/*")),
     "two in work": lambda out: (out / "02_slow.started").exists() and (out / "03_slow.started").exists(),
     "one is done": lambda out: (out / "04_quick.started").exists() and (out / "02_slow.started").exists(),
 }
@@ -69,7 +69,7 @@ def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, 
     else:
         assert time.monotonic() - began < 3 and process.returncode == 130
         assert error.count("\n") == 1 and "interrupted" in error and "untouched" in error, error
-        assert not at_work_in(out) and not list(out.glob(".staging"))
+        assert not at_work_in(out) and not list(out.glob(".staging-*"))
     assert not (out / "01_waits.started").exists()
     now = contents(out)
     # What was done was kept; the rest is as it was.
@@ -80,5 +80,5 @@ def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, 
     for name in NAMES:
         write_notebook(notebooks, name, good(name))
     assert not failures(run.plan(["induction-2l"], run.find_notebooks(folder=notebooks), out, {}), 2)
-    assert not list(out.glob(".staging"))
+    assert not list(out.glob(".staging-*"))
     assert contents(out).keys() >= earlier.keys() and not list(out.rglob("*.failed.ipynb"))

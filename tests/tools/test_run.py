@@ -70,8 +70,9 @@ def test_ids_and_addresses_are_made_steady_and_widget_state_goes():
         nbformat.v4.new_output("stream", name="stderr", text="careful"),
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
-    assert kernels.tidy(notebook) == "careful"
-    (shown,) = notebook.cells[0].outputs
+    text, warnings = kernels.tidy(notebook)
+    assert warnings == "careful"
+    (shown,) = nbformat.reads(text, as_version=4).cells[0].outputs
     assert shown.data["text/html"] == "circuits-vis-1 circuits-vis-2 circuits-vis-1"
     assert shown.data["text/plain"] == "<Html>"
 
@@ -80,7 +81,7 @@ def test_the_next_run_restores_and_clears_what_a_killed_one_left(notebooks, tmp_
     assert not run_them(notebooks, tmp_path / "out", ["01"])
     before = contents(tmp_path / "out")
     # Killed between two renames: the earlier outputs are in the staging folder, the new ones not in their place.
-    moved = tmp_path / "out/.staging/replaced/induction-2l/01_good"
+    moved = tmp_path / "out/.staging-x/replaced/induction-2l/01_good"
     moved.parent.mkdir(parents=True)
     (tmp_path / "out/induction-2l/01_good").rename(moved)
     with run.claimed(tmp_path / "out", set()) as staging:
