@@ -21,6 +21,13 @@ COMMANDS = {
 }
 
 
+def interrupt(*_) -> None:
+    """Interrupt once: later signals must not disturb what ends the kernels."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake in its arguments is one line on standard error and exit code 2."""
     lines = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
@@ -30,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     chosen = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         # Only now, because some commands need torch and most must answer at once.
         command = import_module(f"tools.{chosen.command}")
@@ -40,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ModelUnavailable, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; earlier results are untouched", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; what was done is kept, and earlier results are untouched", file=sys.stderr)
         return 130
 
 

@@ -14,7 +14,6 @@ from tools.freshness import model_digest, source_digest
 from tools.kernels import Outcome, execute, kernel_environment
 
 SECONDS = 10  # to wait for a scheduler's or a first worker's answer
-RETRIES = 2  # of a notebook whose kernel died; one whose worker died is given to another besides
 HOW_TO_START = "start each in a clone of this commit, with `dask worker tcp://HOST:8786 --nthreads 1`"
 
 
@@ -39,7 +38,8 @@ def workers(address: str, models: list[str]) -> Iterator[tuple[dict[str, str], C
                 raise ValueError(f"worker {worker} cannot be used ({theirs}); {HOW_TO_START}")
             expected = theirs | expected  # models as on the first worker
             check_same(worker, theirs, expected)
-        yield expected, partial(client.get_executor(pure=False, retries=RETRIES).submit, work, expected)
+        # A notebook whose kernel died is tried again; one whose worker died is given to another besides.
+        yield expected, partial(client.get_executor(pure=False, retries=2).submit, work, expected)
 
 
 def state(models: list[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from helpers.catalog import TEXT_FILES, checkpoints, model_folder, resolve
+from helpers.catalog import TEXT_FILES, model_folder, resolve
 from tools.kernels import ROOT, declared_parameters
 from tools.report import OWN_PARAMETERS
 
@@ -41,16 +41,12 @@ def model_files(name: str) -> list[Path]:
     if source.kind == "nanogpt":
         return [Path(source.repo)]
     folder = model_folder(name, source)
-    files = [path for pattern in ("*.safetensors", "*.bin", *TEXT_FILES) for path in folder.glob(pattern)]
-    if source.kind == "embedded" and source.revision:
-        weights = [path for label, path in checkpoints(folder.name).items() if label == source.revision]
-        files = [path for path in files if path.suffix != ".safetensors"] + weights
-    return files
+    return [path for pattern in ("*.safetensors", "*.bin", *TEXT_FILES) for path in folder.glob(pattern)]
 
 
 def model_digest(name: str) -> str:
-    """The digest of a model's files, whatever its name and folder are."""
-    return _of_files(model_files(name))
+    """The digest of a model's files, whatever its name and folder are, after the checkpoint that is meant."""
+    return (resolve(name).revision or "") + _of_files(model_files(name))
 
 
 def _of_files(paths: Iterable[Path]) -> str:

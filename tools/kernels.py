@@ -76,14 +76,6 @@ def declared_parameters(notebook: NotebookNode) -> dict[str, tuple]:
     }
 
 
-def with_parameters(notebook: NotebookNode, parameters: dict) -> NotebookNode:
-    """The notebook with a cell that sets the parameters, after the one that declares them."""
-    source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())])
-    cell = nbformat.v4.new_code_cell(source, id="injected", metadata={"tags": ["injected-parameters"]})
-    notebook.cells.insert(parameters_cell(notebook) + 1, cell)
-    return notebook
-
-
 def n_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -110,9 +102,12 @@ def execute(
         DeadKernelError: the kernel died, or was ended because it is no longer wanted.
     """
     began, metadata = time.monotonic(), deepcopy(notebook.metadata)
+    lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())]
+    cell = nbformat.v4.new_code_cell("\n".join(lines), id="injected", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(parameters_cell(notebook) + 1, cell)
     # ipykernel warns of its own transport at every start.
     options = {"record_timing": False, "shutdown_kernel": "immediate", "extra_arguments": ["--log-level=ERROR"]}
-    client = NotebookClient(with_parameters(notebook, parameters), **options)
+    client = NotebookClient(notebook, **options)
     with tempfile.TemporaryDirectory(prefix="induction-heads-", dir=place, ignore_cleanup_errors=True) as folder:
         try:
             asyncio.run(_run_cells(client, wanted, cwd=folder, env=environment))

@@ -9,7 +9,6 @@ import operator
 import os
 import re
 import shutil
-import signal
 import sys
 import tarfile
 import tempfile
@@ -42,10 +41,7 @@ KERNEL_BYTES, TIMES_WEIGHTS = 2**30, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME",
-        help="names, folders or hub ids; NAME@all for every checkpoint",
-    )  # fmt: skip
+    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help="also a path, or NAME@all")
     parser.add_argument("--notebooks", nargs="+", metavar="NN", help="numbers or names; all by default")
     parser.add_argument("--seeds", type=seed_range, metavar="A..B", help="once for every seed from A to B")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs")
@@ -153,23 +149,19 @@ def check_parameters(path: Path, values: dict[str, str]) -> dict:
         if name not in known:
             raise ValueError(f"{path.stem} has no parameter {name!r} to set; it has {', '.join(known)}")
         default, comment = known[name]
-        value = checked[name] = text if isinstance(default, str) else _as_type_of(default, text, name)
+        try:
+            value = text if isinstance(default, str) else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = None
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default) or value in (math.inf, -math.inf):
+            raise ValueError(f"parameter {name} is of type {type(default).__name__} (default {default}), not {text!r}")
         for words, bound in re.findall(rf"\b({'|'.join(RANGES)}) (-?\d+(?:\.\d+)?)", comment):
             if not RANGES[words](value, float(bound)):
                 raise ValueError(f"parameter {name} ({comment}) must be {words} {bound}, not {value}")
+        checked[name] = value
     return checked
-
-
-def _as_type_of(default, text: str, name: str):
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = None
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"parameter {name} is of type {type(default).__name__} (default {default}), not {text!r}")
-    return value
 
 
 def plan(
@@ -211,38 +203,31 @@ def run_jobs(
     jobs: list[Job], resume: bool = False, n_parallel: int | None = None, n_gpus: int | None = None,
     scheduler: str | None = None,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Execute all jobs here or on a scheduler's workers, or those that are out of date; returns label -> how it ended.
+    """Execute all jobs, or with `resume` those that are out of date, here or on a scheduler's workers.
 
     What a notebook made is moved into place when it has finished, so an interrupted or failed run leaves the earlier
-    results alone.
+    results alone. Returns label -> how it ended.
 
     Raises:
-        ValueError, ModelUnavailable, OSError: the outputs cannot be written, or another run is writing there; a model
-            cannot be had; there are not so many GPUs; workers or their scheduler are not there, or not as they should.
-        KeyboardInterrupt: interrupted or told to end, with what is done by then.
+        ValueError, ModelUnavailable, OSError: outputs cannot be written, a model or GPU or worker is not there.
     """
     models, out, outcomes = list(dict.fromkeys(job.model for job in jobs)), jobs[0].folder.parent, {}
     with claimed(out, {job.folder for job in jobs}) as staging:
         here = None if scheduler else this_machine(models, len(jobs), n_parallel, n_gpus, staging)
         with here or workers(scheduler, models) as (digests, submit):
             futures = {}
+            for job in reversed(jobs):  # the later ones take longest
+                notebook = read_notebook(job.notebook)
+                made_from = fingerprint(notebook, job.parameters, digests[job.model])
+                if not (resume and is_current(job, made_from)):
+                    future = submit(notebook, {"model_name": job.model} | job.parameters)
+                    futures[future] = job, made_from
+            if resume:
+                print(f"{len(jobs) - len(futures)} of {len(jobs)} notebooks are up to date", flush=True)
             try:
-                for job in reversed(jobs):  # the later ones take longest
-                    notebook = read_notebook(job.notebook)
-                    made_from = fingerprint(notebook, job.parameters, digests[job.model])
-                    if not (resume and is_current(job, made_from)):
-                        future = submit(notebook, {"model_name": job.model} | job.parameters)
-                        futures[future] = job, made_from
-                if resume:
-                    print(f"{len(jobs) - len(futures)} of {len(jobs)} notebooks are up to date", flush=True)
                 for future in tqdm(as_completed(futures), total=len(futures), unit="notebook", disable=None):
-                    job, made_from = futures[future]
+                    job, made_from = futures.pop(future)  # and with it the files that came home
                     outcomes[job.label] = collect(job, future, made_from, staging)
-            except KeyboardInterrupt:
-                for number in (signal.SIGINT, signal.SIGTERM):  # must not disturb what ends the kernels
-                    signal.signal(number, signal.SIG_IGN)
-                text = f"interrupted after {len(outcomes)} of {len(futures)} notebooks"
-                raise KeyboardInterrupt(f"{text}; the earlier results of the others are untouched") from None
             finally:
                 for folder in {job.folder for job in jobs if job.label in outcomes and job.folder.exists()}:
                     write_report(folder)
@@ -359,7 +344,7 @@ def collect(job: Job, future: Future, made_from: dict[str, str], staging: Path) 
         how = f"failed at {outcome.error}"
     tqdm.write(f"{job.label} {how}", file=sys.stderr if outcome.error else sys.stdout)
     sys.stdout.flush()
-    return outcome
+    return replace(outcome, executed="", files=b"")
 
 
 def keep(job: Job, outcome: Outcome, made_from: dict[str, str], staging: Path) -> None:

@@ -123,7 +123,7 @@ def test_an_interrupted_caller_leaves_no_kernel_on_a_worker(notebooks, tmp_path)
         assert wait_for(mark.exists)
         runner.send_signal(signal.SIGINT)
         _, error = runner.communicate(timeout=300)
-        assert runner.returncode == 130 and error.count("\n") == 1 and "interrupted after 0 of 1" in error, error
+        assert runner.returncode == 130 and error.count("\n") == 1 and "interrupted" in error, error
         assert wait_for(lambda: not list((tmp_path / "tmp").glob("induction-heads-*")), 60)
 
 
