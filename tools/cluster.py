@@ -49,9 +49,9 @@ def state(models: list[str]) -> dict[str, str]:
         ValueError, ModelUnavailable: it lacks one of the models; says why.
     """
     versions = {name: version(name) for name in (*VERSIONS_OF, "distributed")}
-    versions |= {"python": ".".join(platform.python_version_tuple()[:2])}
-    versions |= {"helpers": source_digest("helpers"), "tools": source_digest("tools")}
-    return versions | {model: model_digest(model) for model in models}
+    versions["python"] = ".".join(platform.python_version_tuple()[:2])
+    ours = {package: source_digest(package) for package in ("helpers", "tools")}
+    return versions | ours | {model: model_digest(model) for model in models}
 
 
 def check_same(worker: str, theirs: dict[str, str], expected: dict[str, str]) -> None:
@@ -64,9 +64,6 @@ def check_same(worker: str, theirs: dict[str, str], expected: dict[str, str]) ->
         if value != expected[name]:
             what = f"worker {worker} has {name} {value} and others have {expected[name]}"
             raise ValueError(f"{what}; give all machines the same commit, requirements.txt and models")
-
-
-# ---- on a worker ----
 
 
 def work(expected: dict[str, str], notebook: NotebookNode, parameters: dict) -> Outcome:

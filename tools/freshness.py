@@ -21,8 +21,8 @@ def fingerprint(notebook: NotebookNode, parameters: dict, model_digest: str) -> 
     values = {name: default for name, (default, _) in declared_parameters(notebook).items()} | parameters
     values = {name: value for name, value in values.items() if name not in OWN_PARAMETERS}
     cells = [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
-    digests = {"notebook": _of_values(cells), "helpers": source_digest("helpers"), "parameters": _of_values(values)}
-    return digests | {"model": model_digest}
+    helpers = source_digest("helpers")
+    return {"notebook": _of_values(cells), "helpers": helpers, "parameters": _of_values(values), "model": model_digest}
 
 
 def source_digest(package: str) -> str:

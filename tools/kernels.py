@@ -9,7 +9,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +100,7 @@ def execute(
     Raises:
         DeadKernelError: the kernel died, or was ended because it is no longer wanted.
     """
-    began, metadata = time.monotonic(), deepcopy(notebook.metadata)
+    began, metadata = time.monotonic(), dict(notebook.metadata)
     lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())]
     cell = nbformat.v4.new_code_cell("\n".join(lines), id="injected", metadata={"tags": ["injected-parameters"]})
     notebook.cells.insert(parameters_cell(notebook) + 1, cell)

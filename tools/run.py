@@ -64,8 +64,8 @@ def main(arguments: argparse.Namespace) -> int:
     jobs = plan(models, notebooks, arguments.out, dict(arguments.parameters), arguments.small, arguments.seeds)
     outcomes = run_jobs(jobs, arguments.resume, arguments.jobs, arguments.gpus, arguments.scheduler).values()
     left_out, failed = sum(bool(end.not_applicable) for end in outcomes), sum(bool(end.error) for end in outcomes)
-    done = f"{len(outcomes) - left_out - failed} of {len(outcomes)} notebooks done"
-    print(f"{done}, {left_out} not applicable, {failed} failed; see {arguments.out}/*/report.md")
+    text = f"{len(outcomes) - left_out - failed} of {len(outcomes)} notebooks done, {left_out} not applicable"
+    print(f"{text}, {failed} failed, {len(jobs) - len(outcomes)} up to date; see {arguments.out}/*/report.md")
     return int(failed > 0)
 
 
@@ -91,17 +91,15 @@ class Job:
 
 
 def every_model(names: list[str]) -> list[str]:
-    """The names, with NAME@all as NAME@... for each checkpoint of a model, in the order of training.
+    """The names, with NAME@all as NAME@... for each shipped checkpoint of a model, in the order of training.
 
     Raises:
-        ValueError: it is not known which checkpoints the model has.
+        ValueError: none are shipped.
     """
     models = []
     for name in names:
         model, _, revision = name.partition("@")
         labels = list(checkpoints(model))
-        if model.startswith("pythia-"):  # as EleutherAI published them
-            labels = [f"step{n}" for n in (0, *(2**k for k in range(10)), *range(1000, 143001, 1000))]
         if revision == "all" and not labels:
             raise ValueError(f"which checkpoints {model} has is not known; name them one by one, as {model}@step1000")
         models += [f"{model}@{label}" for label in labels] if revision == "all" else [name]
@@ -170,18 +168,14 @@ def plan(
 ) -> list[Job]:  # fmt: skip
     """Every notebook on every model and seed, each once, checked before anything runs.
 
-    With `small`, sizes are those of `notebooks/small.json`, for models that are large for a CPU. With `seeds`,
-    notebooks without a parameter `seed` are left out.
+    With `small`, sizes are those of `notebooks/small.json`, for models that are large for a CPU.
 
     Raises:
-        ValueError: an unknown model or parameter, a value that is none, or seeds for notebooks that have none.
+        ValueError: an unknown model or parameter, a value that is none, or seeds for a notebook that has none.
     """
     if seeds and "seed" in parameters:
         raise ValueError("give either --seeds or -p seed, not both")
-    if seeds:
-        notebooks = [path for path in notebooks if "seed" in declared_parameters(read_notebook(path))]
-        if not notebooks:
-            raise ValueError("none of these notebooks has a parameter 'seed'; leave out --seeds")
+    parameters = parameters | ({"seed": str(seeds[0])} if seeds else {})
     sizes = json.loads((NOTEBOOKS / "small.json").read_text()) if small else {}
     checked = {path: sizes.get(path.stem, {}) | check_parameters(path, parameters) for path in notebooks}
     jobs = []
@@ -213,28 +207,25 @@ def run_jobs(
     """
     models, out, outcomes = list(dict.fromkeys(job.model for job in jobs)), jobs[0].folder.parent, {}
     with claimed(out, {job.folder for job in jobs}) as staging:
-        here = None if scheduler else this_machine(models, len(jobs), n_parallel, n_gpus, staging)
+        here = None if scheduler else _this_machine(models, len(jobs), n_parallel, n_gpus, staging)
         with here or workers(scheduler, models) as (digests, submit):
             futures = {}
             for job in reversed(jobs):  # the later ones take longest
                 notebook = read_notebook(job.notebook)
                 made_from = fingerprint(notebook, job.parameters, digests[job.model])
-                if not (resume and is_current(job, made_from)):
-                    future = submit(notebook, {"model_name": job.model} | job.parameters)
-                    futures[future] = job, made_from
-            if resume:
-                print(f"{len(jobs) - len(futures)} of {len(jobs)} notebooks are up to date", flush=True)
+                if not (resume and _is_current(job, made_from)):
+                    futures[submit(notebook, {"model_name": job.model} | job.parameters)] = job, made_from
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), unit="notebook", disable=None):
                     job, made_from = futures.pop(future)  # and with it the files that came home
-                    outcomes[job.label] = collect(job, future, made_from, staging)
+                    outcomes[job.label] = _collect(job, future, made_from, staging)
             finally:
                 for folder in {job.folder for job in jobs if job.label in outcomes and job.folder.exists()}:
                     write_report(folder)
     return outcomes
 
 
-def is_current(job: Job, made_from: dict[str, str]) -> bool:
+def _is_current(job: Job, made_from: dict[str, str]) -> bool:
     """Whether there are outputs of a job, made from the same notebook, helpers, parameters and model."""
     try:
         summary = json.loads((job.place / "summary.json").read_text(encoding="utf-8"))
@@ -267,14 +258,10 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
 
 
 @contextmanager
-def this_machine(
+def _this_machine(
     models: list[str], n_jobs: int, n_parallel: int | None, n_gpus: int | None, staging: Path
 ) -> Iterator[tuple[dict[str, str], Callable]]:
-    """The digests of models, seen to be loadable, and the function that submits a notebook to a thread of its own.
-
-    Raises:
-        ValueError, ModelUnavailable: a model cannot be loaded, or there are not so many GPUs; says why.
-    """
+    """The digests of models, seen to be loadable, and the function that submits a notebook to a thread of its own."""
     names = gpus(n_gpus) if n_gpus is not None else []
     for model in models:
         ensure(model)
@@ -324,15 +311,12 @@ def fitting(models: list[str]) -> int:
     return max(1, min(n_cores(), psutil.virtual_memory().available // (KERNEL_BYTES + TIMES_WEIGHTS * largest)))
 
 
-# ---- keep ----
-
-
-def collect(job: Job, future: Future, made_from: dict[str, str], staging: Path) -> Outcome:
+def _collect(job: Job, future: Future, made_from: dict[str, str], staging: Path) -> Outcome:
     """Keep what a finished job made, and say how it ended."""
     outcome = Outcome()
     try:
         outcome = future.result()
-        keep(job, outcome, made_from, staging)
+        _keep(job, outcome, made_from, staging)
     except CancelledError:
         outcome = Outcome(error="the scheduler, which went away; the same command with --resume runs it again")
     except Exception as failure:  # no kernel, a dead one, a full disk: the other notebooks still run
@@ -347,7 +331,7 @@ def collect(job: Job, future: Future, made_from: dict[str, str], staging: Path) 
     return replace(outcome, executed="", files=b"")
 
 
-def keep(job: Job, outcome: Outcome, made_from: dict[str, str], staging: Path) -> None:
+def _keep(job: Job, outcome: Outcome, made_from: dict[str, str], staging: Path) -> None:
     """Move what a job made into place; of a failed one only the notebook, under another name."""
     executed, failed = job.folder / job.notebook.name, job.folder / f"{job.notebook.stem}.failed.ipynb"
     if outcome.error:

@@ -214,8 +214,8 @@ def test_a_run_that_is_resumed_gives_the_files_of_one_run(notebooks, tmp_path, m
     capsys.readouterr()
     assert main(resume) == 0
     shown = capsys.readouterr().out
-    assert "1 of 2 notebooks are up to date" in shown and "02_bad on" in shown and "01_good on" not in shown
-    assert main(resume) == 0 and "2 of 2 notebooks are up to date" in capsys.readouterr().out
+    assert "1 up to date" in shown and "02_bad on" in shown and "01_good on" not in shown
+    assert main(resume) == 0 and "2 up to date" in capsys.readouterr().out
     assert main(["run", "--out", str(tmp_path / "once")]) == 0
     assert relative(tmp_path / "out") == relative(tmp_path / "once")
     (tmp_path / "out/induction-2l/01_good.ipynb").unlink()
@@ -267,9 +267,7 @@ def test_one_notebook_alone_has_all_cores(notebooks, tmp_path, monkeypatch):
 def test_all_checkpoints_of_a_model_in_the_order_of_training():
     steps = run.every_model(["induction-2l@all", "gpt2"])
     assert steps[0] == "induction-2l@step0" and steps[-2:] == ["induction-2l@step4581", "gpt2"] and len(steps) == 8
-    pythia = run.every_model(["pythia-70m@all"])
-    assert len(pythia) == 154 and pythia[:3] == ["pythia-70m@step0", "pythia-70m@step1", "pythia-70m@step2"]
-    for name in ("induction-1l@all", "attn-only-2l@all", "owner/name@all"):
+    for name in ("induction-1l@all", "pythia-70m@all", "owner/name@all"):
         with pytest.raises(ValueError, match="one by one"):
             run.every_model([name])
 
@@ -284,14 +282,14 @@ def test_seeds_are_read_and_refused():
 def test_every_seed_has_a_folder_of_its_own(notebooks, tmp_path):
     write_notebook(notebooks, "03_seeded", good("03_seeded") + "\nprint(seed)", PARAMETERS + "\nseed = 0  # of prompts")
     models = ["induction-2l", "induction-2l@step0", "owner/name", "owner/name@v1"]
-    jobs = run.plan(models, run.find_notebooks(None, notebooks), tmp_path / "out", {}, seeds=[0, 1])
-    assert {job.notebook.stem for job in jobs} == {"03_seeded"} and len({job.folder for job in jobs}) == 8
+    jobs = run.plan(models, run.find_notebooks(["03"], notebooks), tmp_path / "out", {}, seeds=[0, 1])
+    assert len({job.folder for job in jobs}) == 8 == len(jobs)
     assert len({job.folder.name for job in jobs} | set(map(catalog.slug, models))) == 12
     assert not failures(jobs[:2], 2)
     for seed in (0, 1):
         stored = (tmp_path / f"out/induction-2l~seed{seed}/03_seeded.ipynb").read_text()
         assert f"seed = {seed}" in stored
-    with pytest.raises(ValueError, match="has a parameter 'seed'"):
+    with pytest.raises(ValueError, match="01_good has no parameter 'seed'"):
         run.plan(models, run.find_notebooks(["01"], notebooks), tmp_path, {}, seeds=[0])
     with pytest.raises(ValueError, match="not both"):
         run.plan(models, run.find_notebooks(["03"], notebooks), tmp_path, {"seed": "1"}, seeds=[0])
