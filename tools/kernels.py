@@ -5,9 +5,9 @@ import asyncio
 import io
 import os
 import re
-import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Outcome:
     warnings: str = ""
     seconds: float = 0.0
     executed: str = ""  # the notebook with its outputs, as the text of a file
-    files: bytes = b""  # what its cells left in their working folder, as a tar file
+    files: bytes = b""  # what its cells left in their working folder, as a zip file
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -116,8 +116,9 @@ def execute(
             error = f"cell {client.code_cells_executed}: {failure.ename}: {failure.evalue}"
             return Outcome(error=error, executed=nbformat.writes(notebook) + "\n")
         files = io.BytesIO()
-        with tarfile.open(fileobj=files, mode="w") as archive:
-            archive.add(folder, arcname="")
+        with zipfile.ZipFile(files, "w") as archive:
+            for path in Path(folder).rglob("*"):
+                archive.write(path, path.relative_to(folder))
     notebook.metadata = metadata  # without the state of widgets, with which GitHub does not render a notebook
     executed, warnings = tidy(describe(notebook))
     return Outcome("", "", warnings, time.monotonic() - began, executed, files.getvalue())

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -341,8 +341,8 @@ def _keep(job: Job, outcome: Outcome, made_from: dict[str, str], staging: Path) 
     if outcome.not_applicable:  # what an earlier run made, from something else, must not stand for this one
         executed.unlink(missing_ok=True)
     else:
-        with tarfile.open(fileobj=io.BytesIO(outcome.files)) as files:
-            files.extractall(made, filter="data")  # of another machine, but nothing outside of the folder
+        with zipfile.ZipFile(io.BytesIO(outcome.files)) as files:
+            files.extractall(made)  # which writes nothing outside of it
         for path in made.glob("outputs/*/*/summary.json"):
             summary = json.loads(path.read_text(encoding="utf-8")) | {"fingerprint": made_from}
             write_text(path, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

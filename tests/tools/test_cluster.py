@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from distributed import Client
-from tiny_series import at_work_in, good, relative, write_notebook
+from tiny_series import at_work_in, good, relative, start, wait_for, write_notebook
 
 from tools import cluster, run
 from tools.__main__ import main
@@ -27,13 +26,6 @@ time.sleep(60 if first else 0)
 """
 
 
-def wait_for(condition, seconds: float = 300) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    return bool(condition())
-
-
 @contextmanager
 def processes(tmp_path: Path, n_workers: int, folder: Path = run.ROOT, **environment):
     """A scheduler and its workers, in processes that end with the test; gives its address and all of them."""
@@ -42,16 +34,16 @@ def processes(tmp_path: Path, n_workers: int, folder: Path = run.ROOT, **environ
     environment = os.environ | {"PYTHONPATH": str(folder), "TMPDIR": str(tmp_path / "tmp")} | environment
     options = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
-    def start(module: str, *arguments: str) -> None:
+    def begin(module: str, *arguments: str) -> None:
         command = [sys.executable, "-m", f"distributed.cli.{module}", "--scheduler-file", str(place), "--no-dashboard"]
         started.append(subprocess.Popen([*command, *arguments], **options))
 
     try:
-        start("dask_scheduler", "--port", "0", "--host", "127.0.0.1")
+        begin("dask_scheduler", "--port", "0", "--host", "127.0.0.1")
         assert wait_for(lambda: place.exists() and place.read_text().endswith("}"))
         address = json.loads(place.read_text())["address"]
         for _ in range(n_workers):
-            start("dask_worker", "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path / "tmp"))
+            begin("dask_worker", "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path / "tmp"))
         with Client(address) as client:
             client.wait_for_workers(n_workers, timeout=300)
         yield address, started
@@ -79,8 +71,7 @@ def test_what_a_killed_worker_had_in_hand_is_run_again_and_all_comes_home_as_fro
     write_notebook(notebooks, "02_slow", good("02_slow") + ONCE_SLOW.format(mark=str(mark)))
     write_notebook(notebooks, "03_bad", "1 / 0")
     with processes(tmp_path, n_workers=2) as (address, started):
-        typed = [sys.executable, "-c", _PROGRAM, str(notebooks), *command(tmp_path, address)]
-        runner = subprocess.Popen(typed, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        runner = start(notebooks, *command(tmp_path, address))
         assert wait_for(lambda: mark.exists() and mark.read_text())
         worker = int(mark.read_text())
         assert worker in {process.pid for process in started[1:]}
@@ -100,8 +91,7 @@ def test_when_the_scheduler_goes_away_what_is_done_is_kept_and_resumed(notebooks
     mark = tmp_path / "mark"
     write_notebook(notebooks, "00_slow", good("00_slow") + ONCE_SLOW.format(mark=str(mark)))
     with processes(tmp_path, n_workers=1) as (address, started):
-        typed = [sys.executable, "-c", _PROGRAM, str(notebooks), *command(tmp_path, address)]
-        runner = subprocess.Popen(typed, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        runner = start(notebooks, *command(tmp_path, address))
         assert wait_for(mark.exists)
         assert (tmp_path / "out/induction-2l/01_good.ipynb").exists()
         started[0].kill()
@@ -118,8 +108,7 @@ def test_an_interrupted_caller_leaves_no_kernel_on_a_worker(notebooks, tmp_path)
     mark = tmp_path / "mark"
     write_notebook(notebooks, "01_good", good("01_good") + ONCE_SLOW.format(mark=str(mark)))
     with processes(tmp_path, n_workers=1) as (address, _):
-        typed = [sys.executable, "-c", _PROGRAM, str(notebooks), *command(tmp_path, address)]
-        runner = subprocess.Popen(typed, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        runner = start(notebooks, *command(tmp_path, address))
         assert wait_for(mark.exists)
         runner.send_signal(signal.SIGINT)
         _, error = runner.communicate(timeout=300)
@@ -168,9 +157,3 @@ def test_a_difference_between_machines_is_a_sentence():
     for name in ours:
         with pytest.raises(ValueError, match=f"worker w has {name} 3 and others have {ours[name]}; give all machines"):
             cluster.check_same("w", ours | {name: "3"}, ours)
-
-
-_PROGRAM = """
-import sys; from pathlib import Path; from tools import run; from tools.__main__ import main
-run.NOTEBOOKS = Path(sys.argv[1]); sys.exit(main(sys.argv[2:]))
-"""

@@ -1,35 +1,21 @@
 """Runs that are interrupted, told to end, or killed: what was there stays, and no kernel does."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from examination import failures
-from tiny_series import at_work_in, contents, good, sleeping, write_notebook
+from tiny_series import at_work_in, contents, good, sleeping, start, wait_for, write_notebook
 
 from tools import run
 
 NAMES = ("01_waits", "02_slow", "03_slow", "04_quick")
-# The command line, with the notebooks of this test in place of the series.
-PROGRAM = """
-import sys; from pathlib import Path; from tools import run; from tools.__main__ import main
-run.NOTEBOOKS = Path(sys.argv[1]); sys.exit(main(["run", "--jobs", "2", "--out", sys.argv[2]]))
-"""
 # When to end the run: its kernels start; two notebooks are in work; one is done and two are in work.
 MOMENTS = {
     "kernels start": lambda out: any(out.glob(".staging-*/*")),
     "two in work": lambda out: (out / "02_slow.started").exists() and (out / "03_slow.started").exists(),
     "one is done": lambda out: (out / "04_quick.started").exists() and (out / "02_slow.started").exists(),
 }
-
-
-def wait_for(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture
@@ -53,10 +39,7 @@ def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, 
         write_notebook(notebooks, "04_quick", sleeping("04_quick").replace("time.sleep(60)", ""))
     elif moment == "two in work":
         (notebooks / "04_quick.ipynb").unlink()
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(notebooks), str(out)], cwd=run.ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start(notebooks, "run", "--jobs", "2", "--out", str(out))
     assert wait_for(lambda: MOMENTS[moment](out), 90)
     began = time.monotonic()
     process.send_signal(getattr(signal, how))
