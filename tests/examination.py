@@ -38,7 +38,7 @@ def examination(notebook, wrong):
 
 def failures(jobs, n_parallel=1):
     """Execute jobs; returns label -> error of those that failed."""
-    outcomes = run.run_on(run.ThisMachine(n_parallel), jobs)
+    outcomes = run.run_jobs(jobs, n_parallel=n_parallel)
     return {label: outcome.error for label, outcome in outcomes.items() if outcome.error}
 
 

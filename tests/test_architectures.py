@@ -68,7 +68,7 @@ def test_folding_is_only_what_is_exact():
 def test_a_wrong_number_is_wrong_and_ends_with_code_1(monkeypatch, capsys):
     effects = check.ablate_heads
     monkeypatch.setattr(check, "ablate_heads", lambda *arguments: effects(*arguments) * 1.01)
-    assert check.main(check.argparse.Namespace(model="induction-2l", architectures=False)) == 1
+    assert check.main(check.argparse.Namespace(model="induction-2l", notebooks=False, architectures=False)) == 1
     page = capsys.readouterr().out
     assert page.count("WRONG") == 1 and "Greatest absolute difference" in page and "right  within 1e-04 nats" in page
 

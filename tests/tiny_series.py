@@ -1,11 +1,20 @@
 """Notebooks of a title and two cells, with which the runner is tried."""
 
 import os
+import subprocess
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import sys; from pathlib import Path; from tools import run; from tools.__main__ import main
+run.NOTEBOOKS = Path(sys.argv[1]); sys.exit(main(sys.argv[2:]))
+"""
 
 PARAMETERS = """model_name = "induction-2l"  # model
 size = 3  # size, at least 1, at most 50
@@ -63,3 +72,17 @@ def at_work_in(folder: Path) -> list[str]:
         with suppress(OSError):
             places.append(os.readlink(link).removesuffix(" (deleted)"))
     return [place for place in places if Path(place).is_relative_to(folder)]
+
+
+def start(notebooks: Path, *typed: str) -> subprocess.Popen:
+    """The command line in a process of its own, with other notebooks in place of the series."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(notebooks), *typed], cwd=ROOT, **pipes)
+
+
+def wait_for(condition, seconds: float = 300) -> bool:
+    """Whether a condition comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(condition())

@@ -20,6 +20,13 @@ COMMANDS = {
 }
 
 
+def interrupt(*_) -> None:
+    """Interrupt once: later signals must not disturb what ends the kernels."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a mistake in its arguments is one line on standard error and exit code 2."""
     lines = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
@@ -29,21 +36,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     chosen = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         # Only now, because some commands need torch and most must answer at once.
         command = import_module(f"tools.{chosen.command}")
         parser = argparse.ArgumentParser(f"python -m tools {chosen.command}", description=COMMANDS[chosen.command])
         command.add_arguments(parser)
         return command.main(parser.parse_args(chosen.arguments))
-    except (ValueError, ModelUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except ModuleNotFoundError as error:
         print(f"error: {error}; type `pip install -r requirements.txt`", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted; earlier results are untouched", file=sys.stderr)
+    except (ValueError, ModelUnavailable, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was done is kept, and earlier results are untouched", file=sys.stderr)
         return 130
 
 

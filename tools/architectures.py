@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from helpers.models import read
 from helpers.results import write_text
 from helpers.stats import progress
 from tools import check
@@ -56,7 +57,7 @@ def findings(kind: str) -> list[check.Finding]:
     with tempfile.TemporaryDirectory() as temporary, chdir(temporary):
         build(kind, Path("it"))  # which sentences about it then call it
         try:
-            return check.examine("it")
+            return check.examine(read("it"), "it")
         except ValueError as error:
             return [check.Finding("refused when loaded", str(error))]
 

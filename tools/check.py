@@ -1,6 +1,7 @@
 """What a model is, and whether what the series measures on it can be trusted: the first thing to run on a new one."""
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from helpers.catalog import model_folder, resolve
+from helpers.catalog import checkpoints, model_folder, resolve
 from helpers.circuits import head_weights
 from helpers.folding import TOLERANCE, log_probs
 from helpers.hugging_face import read_hugging_face
@@ -21,9 +22,21 @@ from helpers.metrics import mean_loss
 from helpers.models import layout, pick_device, read
 from helpers.nanogpt import read_nanogpt
 from helpers.prompts import bos_id
+from helpers.scrubbing import why_not
 from tools.convert import ensure
+from tools.run import find_notebooks, plan, run_jobs
 
 Tokens = Int[Tensor, "prompt pos"]
+# What a notebook cannot do without, by its number.
+NEEDS = {
+    "03": "sweep: mean ablation of heads",
+    "04": "sweep: patching the stream",
+    "05": "logit attribution",
+    "06": "sweep: mean ablation of heads",
+    "07": "two layers of attention",
+    "08": "weights by head",
+    "09": "checkpoints",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m tools check`."""
     parser.add_argument("model", nargs="?", help="a name, a folder, a nanoGPT ckpt.pt or a hub id")
+    parser.add_argument("--notebooks", action="store_true", help="also run every notebook on it, in small")
     parser.add_argument("--architectures", action="store_true", help="check tiny models of many kinds instead")
 
 
@@ -50,7 +64,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.model is None:
         raise ValueError("name a model to check, or ask for --architectures")
     ensure(arguments.model)
-    findings = examine(arguments.model)
+    model = read(arguments.model, pick_device())
+    findings = examine(model, arguments.model)
+    findings += forecast(model, arguments.model, findings)
+    findings += run_notebooks(arguments.model) if arguments.notebooks else []
     marks = {True: "right", False: "WRONG", None: ""}
     for finding in findings:
         print(f"{finding.what:40}{marks[finding.good]:7}{finding.found}")
@@ -58,13 +75,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def examine(name: str) -> list[Finding]:
-    """All findings about a model.
-
-    Raises:
-        ValueError, ModelUnavailable: it cannot be loaded; says why.
-    """
-    model = read(name, pick_device())
+def examine(model: TransformerBridge, name: str) -> list[Finding]:
+    """What the model of a name is, and whether what is measured on it is right."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(24, model.cfg.n_ctx)), generator=generator).to(model.cfg.device)
     checks = {
@@ -176,3 +188,22 @@ def weights(model: TransformerBridge, tokens: Tokens) -> str:
     shape = (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_head)
     assert found.W_Q.shape == found.W_O.mT.shape == shape, (found.W_Q.shape, found.W_O.shape)
     return "there"
+
+
+def forecast(model: TransformerBridge, name: str, findings: list[Finding]) -> list[Finding]:
+    """Which notebooks apply, and why others do not."""
+    reasons = {finding.what: finding.found for finding in findings if finding.found.startswith("refused")}
+    reasons["two layers of attention"] = why_not(model)
+    reasons["checkpoints"] = "" if resolve(name).checkpoints or checkpoints(name) else "no checkpoints are known"
+    needs = {notebook.stem: NEEDS.get(notebook.stem[:2]) for notebook in find_notebooks()}
+    return [Finding(notebook, reasons.get(need) or "applies") for notebook, need in needs.items()]
+
+
+def run_notebooks(name: str) -> list[Finding]:
+    """Every notebook run to its end, with small sizes, in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        ends = run_jobs(plan([name], find_notebooks(), Path(folder), {}, small=True))
+    return [
+        Finding(label, end.error or end.not_applicable or "done", None if end.not_applicable else not end.error)
+        for label, end in sorted(ends.items())
+    ]

@@ -1,152 +1,73 @@
 """The same jobs on the workers of a Dask scheduler; needs `pip install distributed`, and a clone for each worker."""
 
-import asyncio
-import concurrent.futures
 import logging
 import platform
-import tempfile
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
-from helpers.catalog import ModelUnavailable
+from nbformat import NotebookNode
+
 from helpers.results import VERSIONS_OF
 from tools.freshness import model_digest, source_digest
 from tools.kernels import Outcome, execute, kernel_environment
 
-TOPIC = "induction-heads-cells"  # on which workers tell how far they are
 SECONDS = 10  # to wait for a scheduler's or a first worker's answer
-RETRIES = 2  # of a notebook whose kernel died; one whose worker died is given to another besides
+HOW_TO_START = "start each in a clone of this commit, with `dask worker tcp://HOST:8786 --nthreads 1`"
 
 
-class SchedulerGone(Exception):
-    """The connection to the scheduler is lost, and with it all that was not yet done."""
+@contextmanager
+def workers(address: str, models: list[str]) -> Iterator[tuple[dict[str, str], Callable]]:
+    """What the workers of a scheduler have, and the function that submits a notebook to them.
 
+    Raises:
+        ImportError: distributed is not installed.
+        OSError: the scheduler does not answer, or it has no workers.
+        ValueError: a worker has other versions than this machine, or not the same models as the others.
+    """
+    from distributed import Client  # not at the top: one may do without it
 
-class Cluster:
-    """The workers of one scheduler, which must all have this machine's versions and the same models."""
-
-    def __init__(self, address: str):
-        self.address, self.digests = address, {}
-
-    def prepare(self, models: list[str]) -> None:
-        """See that every worker is of this machine's versions and has every model.
-
-        Raises:
-            ValueError: distributed is not installed, the scheduler does not answer, it has no workers, or one of
-                these has other versions or not the model.
-        """
-        asyncio.run(self._prepare(models))
-
-    async def _prepare(self, models: list[str]) -> None:
-        async with self._connected() as client:
-            try:
-                await client.wait_for_workers(1, timeout=SECONDS)
-            except TimeoutError:
-                raise ValueError(f"the scheduler at {self.address} has no workers; {_HOW_TO_START}") from None
-            states = await client.run(state, models, on_error="return")
-        for worker, theirs in states.items():
+    # A lost connection is one sentence of ours, not the traceback of each attempt to get it back.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL + 1)
+    with Client(address, timeout=SECONDS) as client:
+        client.wait_for_workers(1, timeout=SECONDS)
+        expected = state([])
+        for worker, theirs in client.run(state, models, on_error="return").items():
             if isinstance(theirs, Exception):
-                raise ValueError(f"worker {worker} cannot import this project ({theirs}); {_HOW_TO_START}")
-            if problem := complaint(worker, theirs, {"versions": state([])["versions"], "models": self.digests}):
-                raise ValueError(problem)
-            self.digests |= theirs["models"]
-
-    def digest(self, model: str) -> str:
-        """The digest of a model, the same on every worker."""
-        return self.digests[model]
-
-    @asynccontextmanager
-    async def ready(self, n_jobs: int) -> AsyncIterator[Callable[..., Awaitable[Outcome]]]:
-        """Gives the function that executes a notebook on a worker and brings back what it made."""
-        listeners: dict[str, Callable[[int], object]] = {}
-
-        def heard(event: tuple) -> None:
-            _, (key, n_done) = event
-            if key in listeners:
-                listeners[key](n_done)
-
-        async with self._connected() as client:
-            client.subscribe_topic(TOPIC, heard)
-
-            async def on_a_worker(text: str, parameters: dict, folder: Path, on_cell: Callable) -> Outcome:
-                key = f"notebook-{uuid.uuid4().hex}"
-                listeners[key] = on_cell
-                model = parameters["model_name"]
-                ours = {"versions": state([])["versions"], "models": {model: self.digests[model]}}
-                future = client.submit(work, key, text, parameters, ours, key=key, retries=RETRIES)
-                try:
-                    outcome, files = await future
-                except concurrent.futures.CancelledError:
-                    raise SchedulerGone(f"the scheduler at {self.address} went away") from None
-                finally:
-                    del listeners[key]
-                unpack(files, folder)
-                return outcome
-
-            yield on_a_worker
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator["distributed.Client"]:
-        try:
-            from distributed import Client
-        except ImportError:
-            raise ValueError("--scheduler needs Dask; type `pip install distributed`") from None
-        log = logging.getLogger("distributed.client")
-        async with AsyncExitStack() as stack:
-            # A lost connection is one sentence of ours, not the traceback of each attempt to get it back.
-            stack.callback(log.setLevel, log.level)
-            log.setLevel(logging.CRITICAL + 1)
-            try:
-                client = Client(self.address, asynchronous=True, timeout=SECONDS)
-                stack.push_async_callback(client.close)
-                await client
-            except (OSError, ValueError) as error:
-                reason = f"no Dask scheduler answers at {self.address} ({type(error).__name__})"
-                raise ValueError(f"{reason}; start one with `dask scheduler`, or leave out --scheduler") from None
-            yield client
+                raise ValueError(f"worker {worker} cannot be used ({theirs}); {HOW_TO_START}")
+            expected = theirs | expected  # models as on the first worker
+            check_same(worker, theirs, expected)
+        # A notebook whose kernel died is tried again; one whose worker died is given to another besides.
+        yield expected, partial(client.get_executor(pure=False, retries=2).submit, work, expected)
 
 
-_HOW_TO_START = "start each in a clone of this commit, with `dask worker tcp://HOST:8786 --nthreads 1`"
+def state(models: list[str]) -> dict[str, str]:
+    """What this process has: versions of libraries, and digests of our own source and of models.
 
-
-# ---- on a worker ----
-
-
-def state(models: list[str]) -> dict[str, dict[str, str]]:
-    """What this process has: versions of libraries and helpers, digests of models, and why it lacks some."""
+    Raises:
+        ValueError, ModelUnavailable: it lacks one of the models; says why.
+    """
     versions = {name: version(name) for name in (*VERSIONS_OF, "distributed")}
-    versions |= {"python": ".".join(platform.python_version_tuple()[:2])}
-    versions |= {"helpers": source_digest("helpers"), "tools": source_digest("tools")}
-    digests, missing = {}, {}
-    for model in models:
-        try:
-            digests[model] = model_digest(model)
-        except (ValueError, OSError, ModelUnavailable) as error:
-            missing[model] = str(error)
-    return {"versions": versions, "models": digests, "missing": missing}
+    versions["python"] = ".".join(platform.python_version_tuple()[:2])
+    ours = {package: source_digest(package) for package in ("helpers", "tools")}
+    return versions | ours | {model: model_digest(model) for model in models}
 
 
-def complaint(worker: str, theirs: dict, ours: dict) -> str | None:
-    """Why a worker cannot be used, in a sentence; None if it can."""
-    for model, reason in theirs["missing"].items():
-        return f"worker {worker} does not have the model {model}: {reason}"
-    for name, number in ours["versions"].items():
-        if name in ("helpers", "tools") and theirs["versions"][name] != number:
-            return f"worker {worker} has other {name} than this machine; check out the same commit there"
-        if theirs["versions"][name] != number:
-            there = theirs["versions"][name]
-            return f"worker {worker} has {name} {there} and this machine {number}; install requirements.txt on both"
-    for model, digest in ours["models"].items():
-        if theirs["models"][model] != digest:
-            return f"worker {worker} has another {model} than the others; give all workers the same files"
-    return None
+def check_same(worker: str, theirs: dict[str, str], expected: dict[str, str]) -> None:
+    """See that a worker has what is expected.
+
+    Raises:
+        ValueError: it has something else; says what.
+    """
+    for name, value in theirs.items():
+        if value != expected[name]:
+            what = f"worker {worker} has {name} {value} and others have {expected[name]}"
+            raise ValueError(f"{what}; give all machines the same commit, requirements.txt and models")
 
 
-def work(key: str, text: str, parameters: dict, ours: dict) -> tuple[Outcome, dict[str, bytes]]:
-    """Execute a notebook on this worker; returns how it ended, and every file that it made, by path.
+def work(expected: dict[str, str], notebook: NotebookNode, parameters: dict) -> Outcome:
+    """Execute a notebook on this worker, until its caller has gone.
 
     Raises:
         ValueError: the worker joined late and has other versions or not the model.
@@ -155,41 +76,11 @@ def work(key: str, text: str, parameters: dict, ours: dict) -> tuple[Outcome, di
     from distributed import get_worker
 
     worker = get_worker()
-    if problem := complaint(worker.address, state(list(ours["models"])), ours):
-        raise ValueError(problem)
+    key = worker.get_current_task()
+    check_same(worker.address, state([parameters["model_name"]]), expected)
 
-    def tell(n_done: int) -> None:
-        worker.log_event(TOPIC, (key, n_done))
+    def wanted(_) -> bool:
+        task = worker.state.tasks.get(key)
+        return task is not None and task.state != "cancelled"
 
-    async def until_unwanted(folder: Path) -> Outcome:
-        task = asyncio.create_task(execute(text, parameters, folder, kernel_environment(), tell))
-        while not task.done():
-            await asyncio.wait({task}, timeout=1)
-            known = worker.state.tasks.get(key)
-            if known is None or known.state == "cancelled":  # the caller has gone
-                task.cancel()
-        return await task
-
-    tell(0)
-    with tempfile.TemporaryDirectory(prefix="induction-heads-") as folder:
-        outcome = asyncio.run(until_unwanted(Path(folder)))
-        return outcome, pack(Path(folder))
-
-
-def pack(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder, by its path with forward slashes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def unpack(files: dict[str, bytes], folder: Path) -> None:
-    """Write packed files into a folder.
-
-    Raises:
-        ValueError: a path leads out of it.
-    """
-    for name, content in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"a worker sent a file for {name!r}, which is outside its folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    return execute(notebook, parameters, kernel_environment(), wanted)

@@ -2,16 +2,19 @@
 
 import ast
 import asyncio
+import io
 import os
 import re
+import tempfile
+import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from tools.captions import describe
@@ -29,7 +32,9 @@ class Outcome:
     error: str = ""
     not_applicable: str = ""
     warnings: str = ""
+    seconds: float = 0.0
     executed: str = ""  # the notebook with its outputs, as the text of a file
+    files: bytes = b""  # what its cells left in their working folder, as a zip file
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -70,20 +75,6 @@ def declared_parameters(notebook: NotebookNode) -> dict[str, tuple]:
     }
 
 
-def n_code_cells(notebook: NotebookNode) -> int:
-    """How many cells are executed, with the one that sets the parameters."""
-    return 1 + sum(cell.cell_type == "code" for cell in notebook.cells)
-
-
-def with_parameters(notebook: NotebookNode, parameters: dict) -> NotebookNode:
-    """The notebook with a cell that sets the parameters, after the one that declares them."""
-    notebook.metadata.pop("widgets", None)  # with which GitHub does not render a notebook
-    source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())])
-    cell = nbformat.v4.new_code_cell(source, id="injected", metadata={"tags": ["injected-parameters"]})
-    notebook.cells.insert(parameters_cell(notebook) + 1, cell)
-    return notebook
-
-
 def n_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,67 +91,63 @@ def kernel_environment(n_parallel: int = 1) -> dict[str, str]:
     return environment
 
 
-async def execute(
-    text: str, parameters: dict, folder: Path, environment: dict[str, str], on_cell: Callable[[int], object]
-) -> Outcome:
-    """Execute the text of a notebook with `folder` as its working folder, where its cells leave what they make.
+def execute(
+    notebook: NotebookNode, parameters: dict, environment: dict[str, str], wanted: Callable[[int], bool],
+    place: Path | None = None,
+) -> Outcome:  # fmt: skip
+    """Execute a notebook in a kernel whose working folder is a new one in `place`, for as long as it is wanted.
 
-    `on_cell` is told how many cells are done, after each. Here or on another machine: it is the same function.
+    `wanted` is asked twice a second, with the number of code cells done.
 
     Raises:
-        DeadKernelError: the kernel died.
+        DeadKernelError: the kernel died, or was ended because it is no longer wanted.
     """
-    notebook = with_parameters(nbformat.reads(text, as_version=4), parameters)
-    failure = await _run_cells(notebook, folder, environment, on_cell)
-    if failure is None:
-        warnings = tidy(notebook)
-        return Outcome(warnings=warnings, executed=nbformat.writes(describe(notebook)) + "\n")
-    number, name, message = failure
-    if name in ("NotApplicable", "NoGap"):  # of helpers.results, and of helpers.metrics where a model lacks the skill
-        return Outcome(not_applicable=message)
-    return Outcome(error=f"cell {number}: {name}: {message}", executed=nbformat.writes(describe(notebook)) + "\n")
+    began, metadata = time.monotonic(), dict(notebook.metadata)
+    lines = ["# Parameters", *(f"{name} = {value!r}" for name, value in parameters.items())]
+    cell = nbformat.v4.new_code_cell("\n".join(lines), id="injected", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(parameters_cell(notebook) + 1, cell)
+    # ipykernel warns of its own transport at every start.
+    options = {"record_timing": False, "shutdown_kernel": "immediate", "extra_arguments": ["--log-level=ERROR"]}
+    client = NotebookClient(notebook, **options)
+    with tempfile.TemporaryDirectory(prefix="induction-heads-", dir=place, ignore_cleanup_errors=True) as folder:
+        try:
+            asyncio.run(_run_cells(client, wanted, cwd=folder, env=environment))
+        except CellExecutionError as failure:
+            if failure.ename in ("NotApplicable", "NoGap"):  # of helpers.results and helpers.metrics
+                return Outcome(not_applicable=failure.evalue)
+            error = f"cell {client.code_cells_executed}: {failure.ename}: {failure.evalue}"
+            return Outcome(error=error, executed=nbformat.writes(notebook) + "\n")
+        files = io.BytesIO()
+        with zipfile.ZipFile(files, "w") as archive:
+            for path in Path(folder).rglob("*"):
+                archive.write(path, path.relative_to(folder))
+    notebook.metadata = metadata  # without the state of widgets, with which GitHub does not render a notebook
+    executed, warnings = tidy(describe(notebook))
+    return Outcome("", "", warnings, time.monotonic() - began, executed, files.getvalue())
 
 
-async def _run_cells(
-    notebook: NotebookNode, folder: Path, environment: dict[str, str], on_cell: Callable[[int], object]
-) -> tuple[int, str, str] | None:
-    """Run every cell; returns number, name and message of the first error. Whatever happens, no kernel is left."""
-    kernel = AsyncKernelManager(kernel_name=notebook.metadata.get("kernelspec", {}).get("name", "python3"))
-    client = NotebookClient(notebook, km=kernel, record_timing=False)
+async def _run_cells(client: NotebookClient, wanted: Callable[[int], bool], **start) -> None:
+    """Run every cell; whatever happens, no kernel is left."""
+    kernel = client.create_kernel_manager()
+    cells = asyncio.create_task(client.async_execute(**start))
     try:
-        # ipykernel warns of its own transport at every start.
-        await kernel.start_kernel(cwd=str(folder), env=environment, extra_arguments=["--log-level=ERROR"])
-        await client.async_start_new_kernel_client()
-        for index, cell in enumerate(notebook.cells):
-            await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
-            if cell.cell_type == "code":
-                on_cell(client.code_cells_executed)
-    except CellExecutionError as failure:
-        return client.code_cells_executed, failure.ename, failure.evalue
-    except DeadKernelError:
-        if asyncio.current_task().cancelling():  # nbclient takes an interrupt for a dead kernel
-            raise asyncio.CancelledError from None
-        raise
+        while not cells.done() and wanted(client.code_cells_executed):
+            await asyncio.wait({cells}, timeout=0.5)
+        cells.cancel()  # no effect on what is done
+        await cells
     finally:
-        if client.kc is not None:
-            client.kc.stop_channels()
-        if kernel.has_kernel:
+        if kernel.has_kernel:  # it was just being started
             await kernel.shutdown_kernel(now=True)
 
 
-def tidy(notebook: NotebookNode) -> str:
-    """Take from the stored outputs what another run would have otherwise; returns the warnings among it."""
+def tidy(notebook: NotebookNode) -> tuple[str, str]:
+    """The file of an executed notebook without what another run would have otherwise, and the warnings among it."""
     warnings, views = [], {}
-
-    def steady(text: str) -> str:
-        text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", text)
-        # CircuitsVis gives every view an id of its own at random.
-        name = r"circuits-vis-[0-9a-f]+-[0-9a-f-]+"
-        return re.sub(name, lambda match: views.setdefault(match[0], f"circuits-vis-{len(views) + 1}"), text)
-
-    for cell in filter(lambda cell: cell.cell_type == "code", notebook.cells):
-        warnings += [output.text for output in cell.outputs if output.get("name") == "stderr"]
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        for data in (output.get("data", {}) for output in cell.outputs):
-            data |= {kind: steady(data[kind]) for kind in ("text/plain", "text/html") if kind in data}
-    return "".join(warnings).strip()
+    for outputs in (cell.outputs for cell in notebook.cells if cell.cell_type == "code"):
+        warnings += [output.text for output in outputs if output.get("name") == "stderr"]
+        outputs[:] = [output for output in outputs if output.get("name") != "stderr"]
+    text = re.sub(r" at 0x[0-9a-f]{6,}>", ">", nbformat.writes(notebook) + "\n")
+    # CircuitsVis gives every view an id of its own at random.
+    name = r"circuits-vis-[0-9a-f]+-[0-9a-f-]+"
+    text = re.sub(name, lambda match: views.setdefault(match[0], f"circuits-vis-{len(views) + 1}"), text)
+    return text, "".join(warnings).strip()

@@ -1,35 +1,21 @@
 """Runs that are interrupted, told to end, or killed: what was there stays, and no kernel does."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from examination import failures
-from tiny_series import at_work_in, contents, good, sleeping, write_notebook
+from tiny_series import at_work_in, contents, good, sleeping, start, wait_for, write_notebook
 
 from tools import run
 
-NAMES = ("01_quick", "02_slow", "03_slow", "04_waits")
-# The command line, with the notebooks of this test in place of the series.
-PROGRAM = """
-import sys; from pathlib import Path; from tools import run; from tools.__main__ import main
-run.NOTEBOOKS = Path(sys.argv[1]); sys.exit(main(["run", "--jobs", "2", "--out", sys.argv[2]]))
-"""
+NAMES = ("01_waits", "02_slow", "03_slow", "04_quick")
 # When to end the run: its kernels start; two notebooks are in work; one is done and two are in work.
 MOMENTS = {
     "kernels start": lambda out: any(out.glob(".staging-*/*")),
     "two in work": lambda out: (out / "02_slow.started").exists() and (out / "03_slow.started").exists(),
-    "one is done": lambda out: (out / "01_quick.started").exists() and (out / "03_slow.started").exists(),
+    "one is done": lambda out: (out / "04_quick.started").exists() and (out / "02_slow.started").exists(),
 }
-
-
-def wait_for(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture
@@ -50,13 +36,10 @@ def earlier(tmp_path):
 def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, tmp_path, how, moment):
     notebooks, out = tmp_path / "notebooks", tmp_path / "out"
     if moment == "one is done":
-        write_notebook(notebooks, "01_quick", sleeping("01_quick").replace("time.sleep(60)", ""))
+        write_notebook(notebooks, "04_quick", sleeping("04_quick").replace("time.sleep(60)", ""))
     elif moment == "two in work":
-        (notebooks / "01_quick.ipynb").unlink()
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(notebooks), str(out)], cwd=run.ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        (notebooks / "04_quick.ipynb").unlink()
+    process = start(notebooks, "run", "--jobs", "2", "--out", str(out))
     assert wait_for(lambda: MOMENTS[moment](out), 90)
     began = time.monotonic()
     process.send_signal(getattr(signal, how))
@@ -70,10 +53,10 @@ def test_earlier_outputs_stay_no_kernel_does_and_the_next_run_succeeds(earlier, 
         assert time.monotonic() - began < 3 and process.returncode == 130
         assert error.count("\n") == 1 and "interrupted" in error and "untouched" in error, error
         assert not at_work_in(out) and not list(out.glob(".staging-*"))
-    assert not (out / "04_waits.started").exists()
+    assert not (out / "01_waits.started").exists()
     now = contents(out)
     # What was done was kept; the rest is as it was.
-    done = ("01_quick.ipynb", "01_quick/summary.json", "report.md") if moment == "one is done" else ()
+    done = ("04_quick.ipynb", "04_quick/summary.json", "report.md") if moment == "one is done" else ()
     changed = {path.relative_to(out / "induction-2l").as_posix() for path in earlier if now[path] != earlier[path]}
     assert changed <= set(done)
 
