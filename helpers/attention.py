@@ -8,7 +8,6 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from helpers.prompts import python_source, repeated_tokens
-from helpers.stats import progress, rows_at_a_time
 
 Pattern = Float[Tensor, "batch head query key"]
 Score = Float[Tensor, "batch head"]
@@ -42,18 +41,14 @@ def previous_token_score(pattern: Pattern) -> Score:
 def score_heads(
     model: TransformerBridge, tokens: Int[Tensor, "batch pos"], score: Callable[[Pattern], Score]
 ) -> Samples:
-    """`score(pattern)` of every head, a few prompts at a time.
-
-    Patterns are reduced inside the hook, so memory does not grow with the number of layers.
-    """
+    """`score(pattern)` of every head; patterns are reduced inside the hook, so that one layer's are held at a time."""
+    found: dict[str, Score] = {}
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
-    found: dict[str, list[Score]] = {name: [] for name in names}
-    hooks = [(name, lambda pattern, hook: found[hook.name].append(score(pattern).float().cpu())) for name in names]
+    hooks = [(name, lambda pattern, hook: found.update({hook.name: score(pattern).float().cpu()})) for name in names]
     hooks.append(("unembed.hook_in", lambda resid, hook: resid[:, :1]))  # half of Gemma's time is unembedding
     with torch.inference_mode():
-        for part in progress(tokens.split(rows_at_a_time(tokens)), "scores"):
-            model.run_with_hooks(part, fwd_hooks=hooks, return_type=None)
-    return torch.stack([torch.cat(found[name]) for name in names], dim=1)
+        model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)
+    return torch.stack([found[name] for name in names], dim=1)
 
 
 def strongest(samples: Samples) -> tuple[int, int]:

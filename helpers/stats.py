@@ -113,14 +113,9 @@ def progress(steps: Iterable, what: str) -> Iterable:
     return tqdm(steps, desc=what, delay=3, leave=False)
 
 
-def rows_at_a_time(tokens: Int[Tensor, "batch pos"]) -> int:
-    """How many prompts to run together: larger activations are slower, each being allocated anew."""
-    return max(1, 1024 // tokens.shape[1])
-
-
 def token_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_1"]:
     """-log p of every token but the first, in nats, on the CPU; entry i is the loss on token i + 1."""
-    parts = progress(tokens.split(rows_at_a_time(tokens)), "losses")
+    parts = progress(tokens.split(max(1, 1024 // tokens.shape[1])), "losses")  # logits of all tokens are large
     with torch.inference_mode():
         return torch.cat([model(part, return_type="loss", loss_per_token=True).cpu() for part in parts])
 
