@@ -85,7 +85,7 @@ def recovery(effect: Float[Tensor, "prompt *rest"], gap: Float[Tensor, "prompt"]
     Raises:
         NoGap: the 95 % interval of the mean gap contains zero.
     """
-    mean, low, high = map(float, bootstrap_interval(gap.numpy()))
+    mean, low, high = map(float, bootstrap_interval(gap))
     if low <= 0 <= high:
         raise NoGap(
             f"clean and corrupted metrics differ by {mean:.2g} [{low:.2g}, {high:.2g}], an interval that contains "

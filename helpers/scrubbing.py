@@ -5,8 +5,8 @@ the embedding and, for every layer-0 head, a pattern and the values it weighs. E
 Source: Lawrence Chan and others 2022, "Causal scrubbing: results on induction heads".
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ Kinds = dict[str, Int[Tensor, "d_vocab"]]  # the kind of each token, under a nam
 Rows = dict[str, Int[Tensor, "text pos"]]  # for every datum a rule may name: which text of the pool stands for it
 X, OTHER = "x", "x'"
 POOL_SIZE = 64  # texts among which another is drawn
+AT_A_TIME = 8  # of them: larger batches of patterns and residual streams are slower, not faster
 
 
 class Rule(NamedTuple):
@@ -123,17 +124,19 @@ def scrub(
     """
     if reason := why_not(model) or ("1 text has no other to be paired with" if len(prompts.tokens) < 2 else ""):
         raise ValueError(reason)
-    parts, ends = [], [Hypothesis("", *[built] * 3) for built in (UNSCRUBBED, RESAMPLED)]
-    for index, tokens in enumerate(prompts.tokens.tensor_split(-(-len(prompts.tokens) // POOL_SIZE))):
-        pool = TextPool(model, tokens, induction, roles)
+    pools, found = prompts.tokens.tensor_split(-(-len(prompts.tokens) // POOL_SIZE)), [[] for _ in range(n_pairings)]
+    for index, tokens in enumerate(pools):
+        pool = TextPool(model, tokens[:, :-1], induction, roles)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        pairings = [draw_rows(tokens[:, :-1], kinds or {}, generator) for _ in range(n_pairings)]
-        found = [pool.losses(rows, [*hypotheses, *ends]) for rows in pairings]
-        parts.append([torch.stack(each) for each in zip(*found)])
-    silent, losses, moved = (torch.cat(each, -1).cpu() for each in zip(*parts))  # [pairing, .., text]
-    moved = moved.double().sum((0, 2)).view(-1, 3)
+        for losses in found:
+            rows = draw_rows(tokens[:, :-1], kinds or {}, generator)
+            parts = zip(*(row.split(AT_A_TIME) for row in rows.values()))
+            losses += [_losses(pool, tokens[:, -1], hypotheses, dict(zip(rows, part))) for part in parts]
+    pairings = [[torch.cat(parts, -1) for parts in zip(*losses)] for losses in found]
+    model_loss, silent, resampled, scrubbed, distance = (torch.stack(parts).cpu() for parts in zip(*pairings))
+    moved, full = distance.double().sum((0, 3)).unbind(-1)
     runs = [(h.name, part) for h in hypotheses for part in ("v", "q", "k", "all")]
-    return Scrubbed(runs, losses[0, -5], silent[0], losses[:, -1], losses[:, :-8], 1 - moved[:-2] / moved[-1])
+    return Scrubbed(runs, model_loss[0], silent[0], resampled, scrubbed, (1 - moved / full).view(-1, 3))
 
 
 def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, generator: torch.Generator) -> Rows:
@@ -150,65 +153,95 @@ def draw_rows(tokens: Int[Tensor, "text pos"], kinds: Kinds, generator: torch.Ge
 
 
 class TextPool:
-    """What a model computes on a pool of texts, from which the inputs of its induction heads are built."""
+    """What a model computes on a pool of texts, from which the inputs of its induction heads are built.
 
-    def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos_1"], induction, roles: Roles):
-        self.model, self.answers, self.induction, self.roles = model, tokens[:, -1], list(induction), roles
-        self.positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    `rows` of one column, the last, stand for the last position; residual streams are built there alone.
+    """
 
-        def silence(z, hook):
-            z[:, -1, self.induction] = 0
-            return z
+    def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "text pos"], induction, roles: Roles):
+        self.model, self.induction, self.roles = model, list(induction), roles
+        self.positions, everyone = torch.arange(tokens.shape[1], device=tokens.device), range(model.cfg.n_heads)
+        hooks = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z", "hook_resid_post")
+        names = [f"blocks.0.{hook}" for hook in hooks]
+        runs = [model.run_with_cache(part, names_filter=names, stop_at_layer=1)[1] for part in tokens.split(AT_A_TIME)]
+        self.embedding, self.pattern, self.v, self.z, self.on_x = (torch.cat([c[n] for c in runs]) for n in names)
+        read = {"q": self.on_x[:, -1:], "k": self.on_x, "v": self.on_x}  # only the last position attends
+        z = _attend(*(self.project(kind, stream, everyone) for kind, stream in read.items()))
+        z[:, self.induction] = 0
+        self.silent = self.on_x[:, -1] + z.flatten(1) @ model.W_O[1].flatten(0, 1) + model.b_O[1]
 
-        hooks = ("hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "hook_resid_post")
-        names = [*(f"blocks.0.{hook}" for hook in hooks), "blocks.1.hook_resid_post"]
-        with model.hooks([("blocks.1.attn.hook_z", silence)]):
-            _, cache = model.run_with_cache(tokens[:, :-1], names_filter=names)
-        self.embedding, self.pattern, self.v, self.on_x, silent = (cache[name] for name in names)
-        self.silent = silent[:, -1]
+    def residual(self, built: Input, rows: Rows, output: Callable) -> Float[Tensor, "text pos d_model"]:
+        """The residual stream before layer 1 that an input is projected from; `output` is `head_outputs` on `rows`."""
+        z = output(built.rest, tuple(range(self.model.cfg.n_heads))).clone()
+        for role, rule in built.roles:
+            z[:, :, self.roles[role]] = output(rule, self.roles[role])
+        embedding = _pick(self.embedding, rows[built.embedding])
+        return embedding + z.flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
 
-    def losses(self, rows: Rows, hypotheses: Sequence[Hypothesis]) -> tuple[Tensor, ...]:
-        """Loss of silence [text] and of every run [run, text]; squared distance of each input from x [input, text]."""
-        stream = cache(lambda built: self.residual(built, rows))
-        project = cache(lambda kind, built: self.project(kind, stream(built)))
+    def head_outputs(self, rows: Rows, rule: Rule, heads: tuple[int, ...]) -> Float[Tensor, "text pos head d_head"]:
+        """z of layer-0 heads under a rule."""
 
-        def at_the_end(written) -> Float[Tensor, "text"]:
-            logits = self.model.unembed(self.model.ln_final((self.silent + written)[:, None]))[:, 0]
-            return F.cross_entropy(logits, self.answers, reduction="none")
+        def values(of: str, keys: Tensor) -> Tensor:
+            return self.v[rows[of][:, :1], keys][:, :, heads]
 
-        def loss(v=UNSCRUBBED, q=UNSCRUBBED, k=UNSCRUBBED) -> Float[Tensor, "text"]:
-            query = project("q", q)[:, :, -1:]  # only the last position attends
-            z = F.scaled_dot_product_attention(query, project("k", k), project("v", v))
-            return at_the_end(z.flatten(1) @ self.model.W_O[1][self.induction].flatten(0, 1))
+        row, at = rows[rule.pattern], self.positions[-rows[X].shape[1] :]
+        if rule.pattern == rule.values and rule.pattern in (X, OTHER):  # one text, on which the model has run
+            z = _pick(self.z, row)[:, :, heads]
+        else:
+            pattern = self.pattern[:, heads][row, :, at]
+            z = torch.einsum("bqhk,bkhd->bqhd", pattern, values(rule.values, self.positions))
+        for offset in rule.from_x:
+            keys = (at - offset).clamp(min=0)
+            weight = self.pattern[row, :, at, keys][..., heads] * (at >= offset)[:, None]  # [text, query, head]
+            weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
+            z = z + weight[..., None] * (values(X, keys) - values(rule.values, keys))
+        return z
 
-        runs, moved = [], []
-        for _, v, q, k in hypotheses:
-            runs += [loss(v=v), loss(q=q), loss(k=k), loss(v, q, k)]
-            of_v, of_q, of_k = ((stream(built) - stream(UNSCRUBBED)).square().sum(2) for built in (v, q, k))
-            moved += [of_v.sum(1), of_q[:, -1], of_k.sum(1)]
-        return at_the_end(0), torch.stack(runs), torch.stack(moved)
-
-    def residual(self, built: Input, rows: Rows) -> Float[Tensor, "text pos d_model"]:
-        """The residual stream before layer 1 that an input is projected from."""
-        z = torch.empty_like(self.v.transpose(1, 2))  # [text, head, pos, d_head]
-        fed = [(built.rest, range(self.model.cfg.n_heads)), *((rule, self.roles[role]) for role, rule in built.roles)]
-        for rule, heads in fed:
-            head = torch.tensor(heads, device=z.device)[:, None]
-            pattern = self.pattern[rows[rule.pattern][:, None], head, self.positions]  # [text, head, query, key]
-            on_x, values = (self.v[rows[of][:, None], self.positions, head] for of in (X, rule.values))
-            given = pattern @ values
-            for offset in rule.from_x:
-                weight = pattern.diagonal(-offset, 2, 3)[..., None]  # of queries from `offset` on
-                weight = torch.ones_like(weight) if rule.identity and offset == 0 else weight
-                given[:, :, offset:] += weight * (on_x - values)[:, :, : len(self.positions) - offset]
-            z[:, heads] = given
-        embedding = self.embedding[rows[built.embedding], self.positions]
-        return embedding + z.transpose(1, 2).flatten(2) @ self.model.W_O[0].flatten(0, 1) + self.model.b_O[0]
-
-    def project(self, kind: str, residual: Float[Tensor, "text pos d_model"]) -> Float[Tensor, "text head pos d_head"]:
-        """Queries, keys or values of the induction heads from the residual stream before them."""
-        x = self.model.blocks[1].ln1(residual)
+    def project(self, kind: str, residual: Float[Tensor, "text pos d_model"], heads) -> Float[Tensor, "text pos n d"]:
+        """Queries, keys or values of layer-1 heads from the residual stream before them, to its last position."""
+        x, end = self.model.blocks[1].ln1(residual), len(self.positions)
         if kind != "v" and isinstance(self.model.original_model, ShortformerModel):
-            x = x + self.model.W_pos[: len(self.positions)]
-        weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][self.induction] for letter in "Wb")
-        return torch.einsum("bqm,hmd->bhqd", x, weight) + bias[:, None]
+            x = x + self.model.W_pos[end - x.shape[1] : end]
+        weight, bias = (getattr(self.model, f"{letter}_{kind.upper()}")[1][list(heads)] for letter in "Wb")
+        return torch.einsum("bqm,hmd->bqhd", x, weight) + bias
+
+    def loss(self, z: Float[Tensor, "run text head d_head"], answers, texts) -> Float[Tensor, "run text"]:
+        """Losses (nats) when `z` is what the induction heads give at the last position of these texts of the pool."""
+        final = self.silent[texts] + z.flatten(2) @ self.model.W_O[1][self.induction].flatten(0, 1)
+        logits = self.model.unembed(self.model.ln_final(final))
+        return F.cross_entropy(logits.transpose(1, 2), answers[texts].expand(len(z), -1), reduction="none")
+
+
+def _pick(tensor: Tensor, row: Int[Tensor, "text pos"]):
+    """tensor[row[text, pos], pos], to the last position: what each has in the text that stands for its own."""
+    return tensor[row, torch.arange(tensor.shape[1], device=row.device)[-row.shape[1] :]]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "text head d_head"]:
+    """z at the last position, whose query stands alone in `q`."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))[:, :, 0]
+
+
+def _losses(pool: TextPool, answers, hypotheses, rows: Rows) -> tuple[Tensor, ...]:
+    """Losses [.., text] of model, silence, resampling and every run, and distances [hypothesis x kind, 2, text]."""
+    last = {name: row[:, -1:] for name, row in rows.items()}  # queries matter at the last position only
+    sources = [(where, cache(partial(pool.head_outputs, where))) for where in (rows, last)]
+
+    @cache
+    def projected(kind: str, built: Input) -> tuple[Tensor, Tensor]:
+        where, output = sources[kind == "q"]
+        recorded = {built: _pick(pool.on_x, where[of]) for built, of in ((UNSCRUBBED, X), (RESAMPLED, OTHER))}
+        residual = recorded[built] if built in recorded else pool.residual(built, where, output)
+        return pool.project(kind, residual, pool.induction), (residual - recorded[UNSCRUBBED]).square().sum((1, 2))
+
+    def attended(**inputs: Input) -> Tensor:
+        return _attend(*(projected(kind, inputs.get(kind, UNSCRUBBED))[0] for kind in "qkv"))
+
+    inputs = [{kind: getattr(hypothesis, kind) for kind in "vqk"} for hypothesis in hypotheses]
+    parts = [part for all_three in inputs for part in (*({k: i} for k, i in all_three.items()), all_three)]
+    on_x = attended()
+    z = [on_x, torch.zeros_like(on_x), attended(v=RESAMPLED, q=RESAMPLED, k=RESAMPLED)]
+    losses = pool.loss(torch.stack(z + [attended(**part) for part in parts]), answers, rows[X][:, 0])
+    pairs = [(kind, built) for all_three in inputs for kind, built in all_three.items()]
+    distances = [torch.stack([projected(kind, i)[1] for i in (built, RESAMPLED)]) for kind, built in pairs]
+    return *losses[:3], losses[3:], torch.stack(distances)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-Samples = Shaped[np.ndarray, "n *rest"]
+Samples = Shaped[np.ndarray, "n *rest"] | Shaped[Tensor, "n *rest"]
 Mean = Float[np.ndarray, "*rest"]
 
 
@@ -80,6 +80,7 @@ def q_values(values: Samples, above: float = 0.0, alternative: str = "greater") 
 
 
 def _finite(values) -> np.ndarray:
+    values = values.detach().cpu() if isinstance(values, Tensor) else values
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         raise ValueError("no samples to take the mean of")
@@ -90,8 +91,7 @@ def _finite(values) -> np.ndarray:
 
 def estimate(values) -> dict:
     """`{"mean", "low", "high", "n"}` of samples, and the "values" themselves where they are fewer than 5."""
-    values = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-    values = np.asarray(values, dtype=np.float64).ravel()
+    values = _finite(values).ravel()
     mean, low, high = map(float, bootstrap_interval(values))
     few = {"values": values.tolist()} if len(values) < 5 else {}
     return {"mean": mean, "low": low, "high": high, "n": len(values)} | few
@@ -99,7 +99,7 @@ def estimate(values) -> dict:
 
 def head_table(samples: Float[Tensor, "sample layer head"], value: str, seed: int = 0) -> pd.DataFrame:
     """One row per head, best first: rank, head, layer, index, mean of `value` and its interval."""
-    mean, low, high = bootstrap_interval(samples.cpu().numpy(), seed=seed)
+    mean, low, high = bootstrap_interval(samples, seed=seed)
     layer, index = (i.ravel().tolist() for i in np.indices(mean.shape))
     names = [head_name(i, j) for i, j in zip(layer, index)]
     columns = {"layer": layer, "index": index, value: mean.flat, "low": low.flat, "high": high.flat}

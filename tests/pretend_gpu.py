@@ -88,14 +88,15 @@ def execute(path: str, **parameters: str) -> None:
 
     models.pick_device = lambda device=None: device or NAME
     shell = InteractiveShell()
-    shell.run_line_magic("xmode", "Context")
     shell.displayhook.quiet = lambda: True
     with Device():
         for cell in nbformat.read(path, as_version=4).cells:
             given = parameters.items() if "parameters" in cell.metadata.get("tags", []) else ()
             if cell.cell_type == "code":
                 source = "\n".join([cell.source, *(f"{name} = {value}" for name, value in given)])
-                shell.run_cell(source, silent=True).raise_error()
+                outcome = shell.run_cell(source, silent=True)
+                if not outcome.success:
+                    sys.exit(f"{outcome.error_in_exec or outcome.error_before_exec!r} in:\n{source}")
     print("used:", str(shell.user_ns["model"].W_E.device))
 
 
