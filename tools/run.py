@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -212,7 +212,7 @@ def run_jobs(
         here = None if scheduler else _this_machine(models, len(jobs), n_parallel, n_gpus, staging)
         with here or workers(scheduler, models) as (digests, submit):
             futures = {}
-            for job in reversed(jobs):  # the later ones take longest
+            for job in sorted(reversed(jobs), key=_last_time, reverse=True):  # the longest first
                 notebook = read_notebook(job.notebook)
                 made_from = fingerprint(notebook, job.parameters, digests[job.model])
                 if not (resume and _is_current(job, made_from)):
@@ -234,6 +234,13 @@ def _is_current(job: Job, made_from: dict[str, str]) -> bool:
         return summary["fingerprint"] == made_from and (job.folder / job.notebook.name).exists()
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _last_time(job: Job) -> float:
+    """The seconds that a notebook took last; without any, longer than all that are known."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((job.place / "summary.json").read_text(encoding="utf-8"))["wall_time_s"]
+    return math.inf
 
 
 @contextmanager
