@@ -94,11 +94,12 @@ def matrices(panels: dict, xlabel: str, ylabel: str, label: str, diverging=False
     """Heat maps in a row on one colour scale; `panels` is `{title: matrix}`, `ticks` names columns and rows."""
     panels = {title: _array(matrix) for title, matrix in panels.items()}
     values = np.concatenate([matrix.ravel() for matrix in panels.values()])
-    limits, size = _limits(values, diverging, max(1.0, float(np.nanmax(values)))), 5.4 if len(panels) == 1 else 3.8
+    n_rows, n_columns = next(iter(panels.values())).shape
+    limits, square = _limits(values, diverging, max(1.0, float(np.nanmax(values)))), 0.5 < n_rows / n_columns < 2
+    size = 5.4 if square and len(panels) == 1 else 3.8
     figure, axes = subplots(1, len(panels), figsize=(size * len(panels) + 1, size), squeeze=False)
     for axis, (title, matrix) in zip(axes[0], panels.items()):
         columns, rows = ticks or map(_every, matrix.shape[::-1])
-        square = 0.5 < matrix.shape[0] / matrix.shape[1] < 2
         sns.heatmap(
             matrix, ax=axis, square=square, rasterized=True, xticklabels=columns, yticklabels=rows, fmt=".2f",
             annot=matrix.size <= 64 and matrix.shape[1] <= 8, annot_kws={"size": 7},
