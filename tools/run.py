@@ -212,7 +212,7 @@ def run_jobs(
         here = None if scheduler else _this_machine(models, len(jobs), n_parallel, n_gpus, staging)
         with here or workers(scheduler, models) as (digests, submit):
             futures = {}
-            for job in sorted(reversed(jobs), key=_last_time, reverse=True):  # the longest first
+            for job in longest_first(jobs):
                 notebook = read_notebook(job.notebook)
                 made_from = fingerprint(notebook, job.parameters, digests[job.model])
                 if not (resume and _is_current(job, made_from)):
@@ -236,11 +236,15 @@ def _is_current(job: Job, made_from: dict[str, str]) -> bool:
         return False
 
 
-def _last_time(job: Job) -> float:
-    """The seconds that a notebook took last; without any, longer than all that are known."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads((job.place / "summary.json").read_text(encoding="utf-8"))["wall_time_s"]
-    return math.inf
+def longest_first(jobs: list[Job]) -> list[Job]:
+    """The jobs by the seconds that they took last; one without any comes before all."""
+
+    def last_time(job: Job) -> float:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return float(json.loads((job.place / "summary.json").read_text(encoding="utf-8"))["wall_time_s"])
+        return math.inf
+
+    return sorted(reversed(jobs), key=last_time, reverse=True)
 
 
 @contextmanager

@@ -43,6 +43,14 @@ def test_a_failure_is_named_and_the_others_run(notebooks, tmp_path, capsys):
     assert str(tmp_path) not in (kept / "01_good.ipynb").read_text()
 
 
+def test_the_longest_of_the_last_run_comes_first_and_a_new_one_before_all(tmp_path):
+    jobs = [run.Job(tmp_path / f"{name}.ipynb", "induction-2l", {}, tmp_path) for name in ("01_a", "02_b", "03_c")]
+    for job, seconds in zip(jobs, (5, 50)):
+        job.place.mkdir(parents=True)
+        (job.place / "summary.json").write_text(json.dumps({"wall_time_s": seconds}))
+    assert [job.notebook.stem for job in run.longest_first(jobs)] == ["03_c", "02_b", "01_a"]
+
+
 def test_a_terminal_has_a_live_bar_for_each_notebook_and_a_log_plain_lines(notebooks, tmp_path, monkeypatch, capsys):
     terminal, log = io.StringIO(), io.StringIO()
     terminal.isatty = lambda: True

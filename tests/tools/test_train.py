@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from helpers import catalog, models
 from tools import train
@@ -51,6 +52,32 @@ def test_a_tenth_of_the_batches_repeats_segments_rarely_enough():
     repeated = [nexts for nexts in follows.values() if len(nexts) > 1]
     same = sum(n == nexts[0] for nexts in repeated for n in nexts[1:]) / sum(len(nexts) - 1 for nexts in repeated)
     assert same > 0.8
+
+
+def test_muon_is_the_newton_schulz_iteration_one_matrix_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(16, 16, generator=generator)) for _ in range(3)]
+    before = [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.randn(16, 16, generator=generator)
+    train.Muon(weights, lr=0.1).step()
+    for w, old in zip(weights, before):
+        singular = torch.linalg.svdvals((old - w.detach()) / 0.1)
+        assert singular.max() < 1.3 and singular.median() > 0.6
+
+
+def test_muon_agrees_with_torch_up_to_its_precision():
+    generator = torch.Generator().manual_seed(1)
+    start, gradients = torch.randn(32, 32, generator=generator), torch.randn(3, 32, 32, generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = train.Muon([ours], lr=0.1)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        reference.step()
+    # Theirs iterates in bfloat16, whose steps are 2^-8.
+    assert ((ours - start) - (theirs - start)).norm() / (ours - start).norm() < 0.05
 
 
 def test_the_learning_rate_warms_up_holds_and_decays():
