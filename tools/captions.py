@@ -15,6 +15,7 @@ KINDS = {
     "scatter": "scatter",
     "token_strip": "text with each token coloured",
     "circuit_diagram": "diagram of the circuit",
+    "circuit": "diagram of the heads and edges that were measured",
 }
 
 
@@ -60,15 +61,14 @@ def _kept(source: str) -> dict[str, str]:
         tree = ast.parse(source)
     except SyntaxError:  # a cell with a command of IPython
         return {}
-    named, kept = {}, {}
+    named, kept = {}, []
     for node in ast.walk(tree):
         match node:
             case ast.Assign(targets=[ast.Name(id=variable)], value=value):
                 named[variable] = _drawn(value)
             case ast.Call(func=ast.Attribute(attr="keep"), args=[ast.Constant(value=str(name)), value, *_]):
-                kept[name] = value
-    shown = {name: _drawn(value) or named.get(getattr(value, "id", None)) for name, value in kept.items()}
-    return {name: "; ".join(kinds) for name, kinds in shown.items() if kinds}
+                kept.append((name, _drawn(value) or named.get(getattr(value, "id", None))))
+    return {name: "; ".join(kinds) for name, kinds in kept if kinds}  # the estimates of a figure may have its name too
 
 
 def _drawn(expression: ast.AST) -> list[str]:
