@@ -21,7 +21,6 @@ import torch
 from browsing import Visit
 
 from helpers import catalog, models
-from tools import editions
 
 SHORTFORMER = dict(d_model=32, n_layers=2, n_heads=4, d_head=8, n_ctx=64, d_vocab=50, shortformer_pos=True)
 SIZES = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
@@ -228,6 +227,8 @@ FLAGS = ["--no-first-run", "--disable-background-networking", "--disable-compone
 
 @pytest.fixture(scope="module")  # an event loop runs as long as it is open, and the runner's tests need their own
 def browser():
+    from tools import editions  # not at the top: it brings what makes its pages
+
     program = editions.browser()
     if program is None and os.environ.get("REQUIRE_ALL"):
         pytest.fail("no browser, and REQUIRE_ALL is set")

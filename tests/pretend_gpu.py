@@ -97,7 +97,7 @@ def execute(path: str, **parameters: str) -> None:
                 outcome = shell.run_cell(source, silent=True)
                 if not outcome.success:
                     sys.exit(f"{outcome.error_in_exec or outcome.error_before_exec!r} in:\n{source}")
-    print("used:", str(shell.user_ns["model"].W_E.device))
+    print("used:", shell.user_ns["model"].W_E.device)
 
 
 if __name__ == "__main__":

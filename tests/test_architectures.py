@@ -74,7 +74,7 @@ def test_a_wrong_number_is_wrong_and_ends_with_code_1(monkeypatch, capsys):
 
 
 def test_a_failure_inside_a_models_own_code_is_no_refusal():
-    def fails():
-        raise RuntimeError("shapes do not match")
+    def fails(error):
+        raise error("shapes do not match")
 
-    assert check.judge("sweep", fails).good is False
+    assert not [e for e in (RuntimeError, ValueError) if check.judge("sweep", lambda e=e: fails(e)).good is not False]

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,8 +95,10 @@ def judge(what: str, check: Callable[[], str]) -> Finding:
     """What a check finds right, what it asserts in vain, or the sentence that refuses the model."""
     try:
         return Finding(what, check(), True)
-    except Exception as error:  # a model's own code fails in many ways
-        refused = isinstance(error, ValueError | NotImplementedError)  # by helpers and by the library
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        # Helpers and the checks refuse in a sentence; all else is a model's code that was called as it cannot be.
+        refused = Path(last.filename).parent.name in ("helpers", "tools") and last.line.startswith("raise ")
         sentence = " ".join(str(error).split()).split(". ")[0]
         return Finding(what, f"refused: {sentence}" if refused else repr(error), None if refused else False)
 
@@ -184,7 +187,11 @@ def attribution(model: TransformerBridge, tokens: Tokens) -> str:
 
 def weights(model: TransformerBridge, tokens: Tokens) -> str:
     """Whether a head's matrices can be had, with the norms folded in."""
-    cfg, found = model.cfg, head_weights(model)
+    cfg = model.cfg
+    try:
+        found = head_weights(model)
+    except Exception as error:  # the library says in several ways that there are none
+        raise ValueError(str(error)) from error
     shape = (cfg.n_layers, cfg.n_heads, cfg.d_model, cfg.d_head)
     assert found.W_Q.shape == found.W_O.mT.shape == shape, (found.W_Q.shape, found.W_O.shape)
     return "there"

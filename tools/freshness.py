@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from nbformat import NotebookNode
@@ -40,22 +41,31 @@ def model_files(name: str) -> list[Path]:
     source = resolve(name)
     if source.kind == "nanogpt":
         return [Path(source.repo)]
-    folder, shipped = model_folder(name, source), checkpoints(name.partition("@")[0])
-    files = [path for pattern in ("*.safetensors", "*.bin", *TEXT_FILES) for path in folder.glob(pattern)]
-    return files + [path for label, path in shipped.items() if label == source.revision]
+    folder = model_folder(name, source)
+    weights = [path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)]
+    if source.kind == "embedded" and source.revision:
+        weights = [path for label, path in checkpoints(folder.name).items() if label == source.revision]
+    return [*weights, *(path for pattern in TEXT_FILES for path in folder.glob(pattern))]
 
 
 def model_digest(name: str) -> str:
-    """The digest of a model's files, whatever its name and folder are, after the checkpoint that is meant."""
-    return (resolve(name).revision or "") + _of_files(model_files(name))
+    """The digest of a model's files, whatever its name and folder are."""
+    return _of_files(model_files(name))
 
 
 def _of_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(set(paths)):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        found = path.stat()
+        digest.update(path.name.encode() + _of_file(path, found.st_size, found.st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _of_file(path: Path, size: int, changed_ns: int) -> bytes:
+    """The digest of a file, read once for as long as it stays the same: a worker asks before every notebook."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _of_values(values) -> str:

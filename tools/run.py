@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -227,24 +227,21 @@ def run_jobs(
     return outcomes
 
 
+def _last(job: Job) -> dict:
+    """The summary that a job left last; empty where there is none or it is damaged."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((job.place / "summary.json").read_text(encoding="utf-8")))
+    return {}
+
+
 def _is_current(job: Job, made_from: dict[str, str]) -> bool:
     """Whether there are outputs of a job, made from the same notebook, helpers, parameters and model."""
-    try:
-        summary = json.loads((job.place / "summary.json").read_text(encoding="utf-8"))
-        return summary["fingerprint"] == made_from and (job.folder / job.notebook.name).exists()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return _last(job).get("fingerprint") == made_from and (job.folder / job.notebook.name).exists()
 
 
 def longest_first(jobs: list[Job]) -> list[Job]:
     """The jobs by the seconds that they took last; one without any comes before all."""
-
-    def last_time(job: Job) -> float:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return float(json.loads((job.place / "summary.json").read_text(encoding="utf-8"))["wall_time_s"])
-        return math.inf
-
-    return sorted(reversed(jobs), key=last_time, reverse=True)
+    return sorted(reversed(jobs), key=lambda job: _last(job).get("wall_time_s", math.inf), reverse=True)
 
 
 @contextmanager
@@ -254,16 +251,16 @@ def claimed(out: Path, folders: set[Path]) -> Iterator[Path]:
     Raises:
         ValueError: another run is writing there, or it cannot be written.
     """
-    lock = FileLock(out / ".lock", blocking=False)
-    try:
-        lock.acquire()
-        for folder in filter(Path.exists, folders):
-            tempfile.TemporaryFile(dir=folder).close()
-    except Timeout:
-        raise ValueError(f"another run is writing into {out}; let it end, or name another folder with --out") from None
-    except OSError as error:
-        raise ValueError(f"cannot write into {out} ({error}); name another folder with --out") from error
-    with lock:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(out / ".lock", blocking=False))
+            for folder in filter(Path.exists, folders):
+                tempfile.TemporaryFile(dir=folder).close()
+        except Timeout:
+            other = f"another run is writing into {out}"
+            raise ValueError(f"{other}; let it end, or name another folder with --out") from None
+        except OSError as error:
+            raise ValueError(f"cannot write into {out} ({error}); name another folder with --out") from error
         for left in out.glob(".staging-*"):
             for old in left.glob("replaced/*/*"):  # had only been moved away
                 if not (place := out / old.relative_to(left / "replaced")).exists():
